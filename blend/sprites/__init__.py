@@ -1,0 +1,1 @@
+"""The embedded sprites world: captions, art, scenes, and the model trained on them."""
