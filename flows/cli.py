@@ -1,6 +1,6 @@
 """The command line `diffusion-blend`: one typer application; every verb lives in its own flows.cli_* module.
 
-The modules import torch, ray and prefect inside their commands only, so that `--help` and errors of usage are instant.
+The modules import torch, ray and prefect inside their commands only: `--help` and errors of usage are instant.
 """
 
 import os
@@ -46,7 +46,7 @@ for module in VERB_MODULES:
 
 
 def error_line(error: BaseException) -> str:
-    """One line for any error: fields and messages of a validation error, else the message without line breaks."""
+    """One line for any error: fields and messages of a validation error, else the message unwrapped."""
     if isinstance(error, TyperException):
         return " ".join(error.format_message().split())
     if hasattr(error, "errors") and hasattr(error, "error_count"):

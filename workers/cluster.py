@@ -1,0 +1,45 @@
+"""The Ray cluster a job runs on: the one in use, the one RAY_ADDRESS names, or a private one for the job."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+# Ray reads these when it starts; a value set by the user wins.
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # the default of 2 seconds paces every report of a training loop
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # two contended OpenMP threads are far slower than one
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[str]:
+    """Yield the address of a connected cluster; at the end leave or stop only what was started here.
+
+    num_cpus and num_gpus size a private cluster (None: what the machine has). Nested sessions share one cluster.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield ray.get_runtime_context().gcs_address
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
