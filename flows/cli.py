@@ -1,6 +1,6 @@
 """The command line `diffusion-blend`: one typer application; every verb lives in its own flows.cli_* module.
 
-The modules import torch, ray and prefect inside their commands only: `--help` and errors of usage are instant.
+The modules import torch, ray and prefect inside their commands only: `--help` and usage errors are instant.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Programs a job needs beside it on one machine, started and ended by pid: a Prefect server, a process worker."""
+"""Programs a job needs beside it on one machine, ended by pid: a Prefect server and a process worker."""
 
 import os
 import signal

@@ -22,7 +22,7 @@ RAY_ENVIRONMENT = {
 def ray_session(num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[str]:
     """Yield the address of a connected cluster; at the end leave or stop only what was started here.
 
-    num_cpus and num_gpus size a private cluster (None: what the machine has). Nested sessions share one cluster.
+    num_cpus and num_gpus size a private cluster (None: all there is). Nested sessions share one cluster.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
