@@ -1,0 +1,55 @@
+"""Where a benchmark leaves its figures: tests/bench/results/NAME.json, quoted by the README."""
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> str:
+    """Processor model, the cores this process may use, Python's and torch's versions."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {cores} cores{gpu}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def write_figures(name: str, figures: dict[str, Any]) -> Path:
+    """Write one benchmark's result file with the command, the date and the hardware; print it as a table."""
+    path = RESULTS / f"{name}.json"
+    facts = {
+        "command": " ".join(["python", f"tests/bench/{name}.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(),
+        "figures": figures,
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(facts, indent=2) + "\n")
+    table = Table("figure", "value", title=f"{name}: {facts['hardware']}")
+    for key, value in flatten(figures):
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    print(f"written to {path}")
+    return path
+
+
+def flatten(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in figures.items():
+        name = f"{prefix}{key}"
+        rows += flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return rows

@@ -1,0 +1,21 @@
+"""Runs one benchmark by name, or all: `make bench`, `make bench BENCH=main_job`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("run", "figures"))
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"Error: no benchmark {', '.join(unknown)}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    codes = [subprocess.call([sys.executable, str(HERE / f"{name}.py")]) for name in names or BENCHMARKS]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
