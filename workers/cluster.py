@@ -29,6 +29,8 @@ def ray_session(num_cpus: int | None = None, num_gpus: int | None = None) -> Ite
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
         return
+    # Ray's token authentication is on by default and says so, as a warning, each time it starts.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, logging_level=logging.WARNING)
     else:
