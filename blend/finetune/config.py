@@ -1,0 +1,166 @@
+"""TrainConfig: one TOML file describes one fine-tuning run."""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from blend.finetune.errors import ConfigError, ResumeError
+from blend.finetune.objectives import OBJECTIVES
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+# keys that may change between a run and its resumption: they do not alter what one iteration computes
+RESUMABLE_KEYS = frozenset({"iterations", "eval_every", "checkpoint_every", "num_workers", "use_gpu"})
+
+
+class TrainConfig(BaseModel):
+    """Settings of one adapter's training; frozen, and unknown keys are errors that name the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # name of the basis adapter, also its registry name
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+    # "sprites", a directory in diffusers layout, or a Hub id
+    base_model: str = "sprites"
+    # a name that blend.rewards.load_reward knows
+    reward: str
+    # training prompts: a list, "sprites-train", or the path of a text file with a prompt per line
+    prompts: tuple[str, ...] | str = "sprites-train"
+    # prompts of the held-out evaluation, never trained on: a list, "sprites-test", or a path
+    held_out_prompts: tuple[str, ...] | str = "sprites-test"
+    # images of the held-out evaluation; prompts are reused with new seeds when there are fewer
+    held_out_images: Annotated[int, Field(ge=2)] = 64
+    # how advantages and the policy loss are formed: see blend.finetune.objectives
+    objective: Literal["dpok", "ddpo", "grpo"] = "grpo"
+    # rank of the LoRA on the attention projections (alpha = rank, so that the scale is 1)
+    rank: PositiveInt = 4
+    # AdamW on the adapter
+    learning_rate: PositiveFloat = 2e-3
+    # alpha of: mean reward / (its std under the base) - alpha * path KL in nats; 0 turns the KL off
+    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    # the ratio of mean-per-element probabilities is clipped to 1 +- this
+    clip_range: PositiveFloat = 1e-4
+    # largest gradient norm over all adapter parameters
+    grad_clip: PositiveFloat = 1.0
+    # outer loops: roll out, score, update
+    iterations: PositiveInt = 36
+    # distinct prompts of one iteration, over all workers
+    prompts_per_iteration: PositiveInt = 8
+    # images per prompt: the group whose mean is the baseline of ddpo and grpo
+    images_per_prompt: PositiveInt = 8
+    # optimiser steps per iteration; each takes its own share of the trained steps
+    updates_per_iteration: PositiveInt = 1
+    # DDIM steps of a rollout
+    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 20
+    # denoising steps of each trajectory that are trained, drawn at random
+    train_steps_per_sample: PositiveInt = 10
+    # classifier-free guidance of rollouts and of the policy; 1 is off and halves the cost
+    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    # guidance of the held-out evaluation: what the adapter is served with
+    eval_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    # DDIM noise: the policy is Gaussian only for eta > 0
+    eta: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # most UNet rows of one training forward: bounds memory
+    micro_batch_rows: Annotated[int, Field(ge=2)] = 64
+    # held-out evaluation every so many iterations (always before the first and after the last)
+    eval_every: PositiveInt = 10
+    # checkpoint every so many iterations (always after the last)
+    checkpoint_every: PositiveInt = 1
+    # everything random follows from it, whatever the number of workers
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    # Ray Train workers, each with one CPU or one GPU; 0 runs in this process without Ray
+    num_workers: Annotated[int, Field(ge=0)] = 1
+    # one GPU per worker (nccl) instead of one CPU (gloo)
+    use_gpu: bool = False
+    # precision of the frozen model; adapter parameters are always float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.train_steps_per_sample > self.num_inference_steps:
+            raise ValueError(
+                f"train_steps_per_sample is {self.train_steps_per_sample}: at most num_inference_steps "
+                f"({self.num_inference_steps})"
+            )
+        if self.updates_per_iteration > self.train_steps_per_sample:
+            raise ValueError(
+                f"updates_per_iteration is {self.updates_per_iteration}: at most train_steps_per_sample "
+                f"({self.train_steps_per_sample}), because each update takes its own share of the steps"
+            )
+        if OBJECTIVES[self.objective].needs_groups and self.images_per_prompt < 2:
+            raise ValueError(
+                f"images_per_prompt is {self.images_per_prompt}: {self.objective!r} compares images of "
+                "one prompt; use 2 or more, or objective 'dpok'"
+            )
+        if self.num_workers > self.batch_size:
+            raise ValueError(f"num_workers is {self.num_workers}: more than the {self.batch_size} images")
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one iteration over all workers."""
+        return self.prompts_per_iteration * self.images_per_prompt
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of the sha256 of everything that decides what is trained and for how long."""
+        facts = {**self.training_facts(), "iterations": self.iterations}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def training_facts(self) -> dict[str, Any]:
+        """The settings that must be equal for a checkpoint of one run to be continued by another."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in RESUMABLE_KEYS}
+
+    def require_resumable_from(self, facts: dict[str, Any]) -> None:
+        """Raise ResumeError that names the keys in which a checkpoint's settings differ from these."""
+        mine = self.training_facts()
+        keys = sorted(set(mine) | set(facts))
+        differing = [f"{k}: {facts.get(k)!r} -> {mine.get(k)!r}" for k in keys if facts.get(k) != mine.get(k)]
+        if differing:
+            raise ResumeError(
+                f"the checkpoint of {self.name!r} was made with other settings ({'; '.join(differing)}): "
+                "use them again, or train into another directory"
+            )
+
+    @classmethod
+    def parse(cls, settings: dict[str, Any], *, source: str = "run") -> Self:
+        """Validate settings; ConfigError names the source and every offending key."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_describe(error, tuple(cls.model_fields))}") from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Read a run file; relative paths inside it are taken from its own directory."""
+        path = Path(path)
+        try:
+            settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a run file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a TOML file ({error})") from None
+        for key in ("prompts", "held_out_prompts", "base_model"):
+            value = settings.get(key)
+            if isinstance(value, str) and (beside := path.parent / value).exists():
+                settings[key] = str(beside.resolve())
+        return cls.parse(settings, source=str(path))
+
+
+def _describe(error: ValidationError, known: tuple[str, ...]) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "str")))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r} (known: {', '.join(known)})")
+        elif item["type"] == "missing":
+            lines.append(f"{key} is missing: add it")
+        elif not key:
+            lines.append(item["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"{key} is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(dict.fromkeys(lines))
