@@ -11,7 +11,7 @@ from blend.rewards import check_images
 
 # The 95th percentile over 2,000 rendered sprites scenes (tests/blend/test_rewards.py measures it again):
 # beyond it a picture is not better, only garish, so the reward is flat there.
-SATURATION = 1.0
+SATURATION = 1.1
 
 
 class Colourfulness:

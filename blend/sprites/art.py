@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 RGB = tuple[int, int, int]
+Shape = list[Any]  # [kind, tone, numbers] or [kind, tone, numbers, width]
 CANVAS = 256  # pixels per side of a cached sprite: every scene only shrinks it
 _UNIT = CANVAS / 108  # leaves a margin of 4 units for the outline
 _INK: RGB = (38, 34, 46)
@@ -58,13 +60,18 @@ def draw_sprite(name: str, colour: str, *, flip: bool = False) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _shapes() -> dict[str, list[list[object]]]:
-    return json.loads(files("blend.sprites").joinpath("art.json").read_text())  # type: ignore[no-any-return]
+def _shapes() -> dict[str, list[Shape]]:
+    return json.loads(files("blend.sprites").joinpath("art.json").read_text())
 
 
 def _tones(colour: str) -> dict[str, RGB]:
     main = COLOUR_RGB[colour]
-    return {"main": main, "shade": _mix(main, _INK, 0.3), "light": _mix(main, (255, 255, 255), 0.5), **_FIXED_TONES}
+    return {
+        "main": main,
+        "shade": _mix(main, _INK, 0.3),
+        "light": _mix(main, (255, 255, 255), 0.5),
+        **_FIXED_TONES,
+    }
 
 
 def _mix(one: RGB, other: RGB, share: float) -> RGB:
@@ -72,13 +79,12 @@ def _mix(one: RGB, other: RGB, share: float) -> RGB:
     return red, green, blue
 
 
-def _draw_shape(canvas: ImageDraw.ImageDraw, shape: list[object], fill: RGB, *, grow: float) -> None:
+def _draw_shape(canvas: ImageDraw.ImageDraw, shape: Shape, fill: RGB, *, grow: float) -> None:
     kind, _, numbers, *rest = shape
-    assert isinstance(numbers, list)
     points = [(float(value) + 4) * _UNIT for value in numbers]
     grown = grow * _UNIT
     if kind == "line":
-        _thick_line(canvas, points, fill, float(rest[0]) * _UNIT + 2 * grown)  # type: ignore[arg-type]
+        _thick_line(canvas, points, fill, float(rest[0]) * _UNIT + 2 * grown)
     elif kind == "poly":
         canvas.polygon(points, fill=fill)
         if grown > 0:
@@ -90,9 +96,7 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, shape: list[object], fill: RGB, *, 
         _draw_boxed(canvas, str(kind), box, fill, rest, grown)
 
 
-def _draw_boxed(
-    canvas: ImageDraw.ImageDraw, kind: str, box: list[float], fill: RGB, rest: list[object], grown: float
-) -> None:
+def _draw_boxed(canvas: ImageDraw.ImageDraw, kind: str, box: list[float], fill: RGB, rest: Shape, grown: float) -> None:
     if kind == "ellipse":
         canvas.ellipse(box, fill=fill)
     elif kind == "rect":
@@ -100,7 +104,7 @@ def _draw_boxed(
     elif kind == "pie":
         canvas.pieslice(box, 180, 360, fill=fill)
     else:  # ring and arc: a band of the given width
-        width = round(float(rest[0]) * _UNIT + 2 * grown)  # type: ignore[arg-type]
+        width = round(float(rest[0]) * _UNIT + 2 * grown)
         start, end = (0, 360) if kind == "ring" else (0, 180)
         canvas.arc(box, start, end, fill=fill, width=width)
 

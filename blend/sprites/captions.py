@@ -39,9 +39,7 @@ class Thing:
 
 
 # One colour per object is never drawn while the base model is trained: the compositional test.
-HELD_OUT = frozenset(
-    Thing(COLOURS[(3 * index + 1) % len(COLOURS)], name) for index, name in enumerate(OBJECTS)
-)
+HELD_OUT = frozenset(Thing(COLOURS[(3 * index + 1) % len(COLOURS)], name) for index, name in enumerate(OBJECTS))
 SINGLES = tuple(Thing(colour, name) for name in OBJECTS for colour in COLOURS)
 
 
@@ -99,12 +97,12 @@ def train_prompts(count: int | None = None) -> list[str]:
     return [write_caption((thing,)) for thing in _split()[0]][:count]
 
 
-def test_prompts(count: int | None = None) -> list[str]:
+def held_out_prompts(count: int | None = None) -> list[str]:
     """Up to 48 held-out single-object prompts: 16 pairs unseen in pre-training, then 32 unseen in fine-tuning."""
     return [write_caption((thing,)) for thing in _split()[1]][:count]
 
 
-def test_pair_prompts(count: int = 96) -> list[str]:
+def held_out_pair_prompts(count: int = 96) -> list[str]:
     """Two-object prompts with at least one thing of the test split, in a fixed order."""
     rng = random.Random(11)
     train, test = _split()

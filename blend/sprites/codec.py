@@ -49,12 +49,18 @@ def train_codec(
     batch: int = 32,
     learning_rate: float = 2e-3,
     seed: int = 0,
+    decoder_only: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Train on random 32-pixel crops of fresh scenes; returns the PSNR in dB over 64 unseen whole scenes."""
+    """Train on random 32-pixel crops of fresh scenes; returns the PSNR in dB over 64 unseen whole scenes.
+
+    With `decoder_only` the encoder, and so every latent, stays as it is.
+    """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
+    codec.encoder.requires_grad_(not decoder_only)
+    trained = codec.decoder.parameters() if decoder_only else codec.parameters()
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
     codec.train()
     for step in range(steps):
@@ -98,9 +104,7 @@ def _edges(images: Tensor) -> Tensor:
 
 def _crops(images: Tensor, rng: random.Random) -> Tensor:
     corners = [(4 * rng.randrange(9), 4 * rng.randrange(9)) for _ in images]
-    return torch.stack(
-        [image[:, y : y + _CROP, x : x + _CROP] for image, (y, x) in zip(images, corners, strict=True)]
-    )
+    return torch.stack([image[:, y : y + _CROP, x : x + _CROP] for image, (y, x) in zip(images, corners, strict=True)])
 
 
 def _warm_cosine(step: int, steps: int, warmup: int = 100) -> float:

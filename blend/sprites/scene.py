@@ -35,7 +35,13 @@ def render_things(things: tuple[Thing, ...], rng: random.Random) -> np.ndarray:
 
 
 def _place(
-    image: Image.Image, thing: Thing, rng: random.Random, *, centre: float, spread: float, sizes: tuple[float, float]
+    image: Image.Image,
+    thing: Thing,
+    rng: random.Random,
+    *,
+    centre: float,
+    spread: float,
+    sizes: tuple[float, float],
 ) -> None:
     size = rng.uniform(*sizes)
     room = max(0.0, (SIZE - size) / 2 - 1)
@@ -99,7 +105,11 @@ def _background_colours(rng: random.Random) -> tuple[RGB, RGB]:
     mood = rng.choices(("pale", "vivid", "grey"), (60, 30, 10))[0]
     hue = rng.random()
     saturation = {"pale": rng.uniform(0.05, 0.35), "vivid": rng.uniform(0.35, 0.75), "grey": 0.04}[mood]
-    value = {"pale": rng.uniform(0.85, 1.0), "vivid": rng.uniform(0.65, 0.95), "grey": rng.uniform(0.45, 0.9)}[mood]
+    value = {
+        "pale": rng.uniform(0.85, 1.0),
+        "vivid": rng.uniform(0.65, 0.95),
+        "grey": rng.uniform(0.45, 0.9),
+    }[mood]
     one = colorsys.hsv_to_rgb(hue, saturation, value)
     other = colorsys.hsv_to_rgb(
         (hue + rng.uniform(-0.12, 0.12)) % 1.0,
