@@ -1,0 +1,107 @@
+"""Blobs: the bytes of records' files, each stored once under its SHA-256 and hashed again whenever it is read."""
+
+import hashlib
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from infra.artifact_files import check_content, matches, sha256_of
+from infra.errors import IntegrityError, ObjectExistsError, ObjectMissingError, RegistryError
+from infra.manifests import AdapterRecord, FileEntry
+from infra.storage import Store
+
+
+def blob_path(sha256: str) -> str:
+    return f"blobs/sha256/{sha256}"
+
+
+def put_blob(store: Store, sha256: str, data: bytes) -> None:
+    """Store bytes under their hash; ones that are there already are read and hashed, never trusted.
+
+    Raises IntegrityError when the store holds other bytes under this hash, or `data` is not what was hashed.
+    """
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise IntegrityError(f"a file with hash {sha256[:12]} changed while it was being published: publish again")
+    path = blob_path(sha256)
+    with suppress(ObjectExistsError):
+        if store.head(path) is None:
+            store.create(path, data)
+            return
+    if store.read(path) != data:
+        raise IntegrityError(f"{store.url}/{path} is damaged: delete it and publish again")
+
+
+def fetch_blob(store: Store, file: FileEntry, target: Path, owner: str) -> None:
+    """Download one file of `owner` and hash it; nothing is left at `target` when it is refused.
+
+    Raises IntegrityError naming file, owner and blob; UnsafeFileError for content that has no business there.
+    """
+    path = blob_path(file.sha256)
+    try:
+        store.download(path, target)
+    except ObjectMissingError:
+        raise IntegrityError(
+            f"{file.path} of {owner} is lost: {store.url}/{path} does not exist. Publish it again"
+        ) from None
+    try:
+        if not matches(target, file):
+            raise IntegrityError(
+                f"{file.path} of {owner} is damaged: {store.url}/{path} has {target.stat().st_size} bytes and hash "
+                f"{sha256_of(target)[:12]}, published were {file.size} bytes and {file.sha256[:12]}. Delete that "
+                "blob and publish the adapter again, or restore it from a copy of the store"
+            )
+        check_content(target, file.path)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def fetch_adapter(store: Store, record: AdapterRecord, directory: Path) -> Path:
+    """Write an adapter's files to a new or empty directory: all, hashed, or none.
+
+    Raises RegistryError when the directory holds something, IntegrityError as `fetch_blob` does.
+    """
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise RegistryError(f"{directory} is not an empty directory: name a new one")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.parent / f".{directory.name}-{secrets.token_hex(8)}"
+    try:
+        for file in record.files:
+            target = staging / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fetch_blob(store, file, target, f"adapter {record.ref}")
+        os.rename(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return directory
+
+
+def cached_adapter(store: Store, record: AdapterRecord, cache_dir: Path) -> Path:
+    """Directory with an adapter's files in the local cache, hashed again; downloaded when absent or damaged.
+
+    Entries are named by digest and put in place by one rename: processes may share the cache.
+    """
+    directory = cache_dir / "adapters" / record.digest
+    if _is_whole(directory, record):
+        return directory
+    fetched = directory.with_name(f".{record.digest}-{secrets.token_hex(8)}-new")
+    fetch_adapter(store, record, fetched)
+    damaged = fetched.with_suffix(".damaged")
+    try:
+        with suppress(FileNotFoundError):
+            os.rename(directory, damaged)
+        # Another process may have been quicker: what it put there serves as well.
+        with suppress(OSError):
+            os.rename(fetched, directory)
+    finally:
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.rmtree(fetched, ignore_errors=True)
+    if not _is_whole(directory, record):
+        raise RegistryError(f"cache {cache_dir} does not keep what is written to it: delete it or check the disk")
+    return directory
+
+
+def _is_whole(directory: Path, record: AdapterRecord) -> bool:
+    return all(matches(directory / file.path, file) for file in record.files)

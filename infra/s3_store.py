@@ -1,0 +1,202 @@
+"""A store in S3 or anything that speaks its protocol, through s3fs, with If-None-Match and If-Match.
+
+Object writes are single PUTs (at most 5 GB), which S3 makes visible whole or not at all. s3fs repeats a PUT
+whose reply was lost and then meets its own object; every refused write is read back before it is believed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from botocore.exceptions import BotoCoreError
+from fsspec.asyn import sync
+from fsspec.exceptions import FSTimeoutError
+from s3fs import S3FileSystem
+
+from infra.errors import (
+    ConflictError,
+    ObjectExistsError,
+    ObjectMissingError,
+    StoreAccessError,
+    StoreError,
+    StoreUnreachableError,
+)
+from infra.settings import Settings
+from infra.storage import Store, check_object_path
+
+CONNECT_TIMEOUT_S = 4
+READ_TIMEOUT_S = 30
+# For a request without a body to speak of, all retries together.
+REQUEST_DEADLINE_S = 60
+# The slowest line that is waited for, in bytes a second.
+SLOWEST_TRANSFER = 50_000
+
+_DENIED = {
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "Forbidden",
+    "401",
+    "403",
+}
+_MISSING = {"NoSuchKey", "NotFound", "404"}
+_REFUSED = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+
+
+class S3Store(Store):
+    """s3://bucket/prefix with the endpoint and keys of the settings, else those of the AWS environment."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        parts = urlsplit(url)
+        self.url = url.rstrip("/")
+        self.bucket = parts.netloc
+        self.prefix = parts.path.strip("/")
+        self.endpoint = settings.s3_endpoint_url or "AWS"
+        self._fs = S3FileSystem(
+            key=settings.s3_key,
+            secret=settings.s3_secret.get_secret_value() if settings.s3_secret else None,
+            endpoint_url=settings.s3_endpoint_url,
+            use_listings_cache=False,
+            config_kwargs={
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "read_timeout": READ_TIMEOUT_S,
+                "retries": {"max_attempts": 3, "mode": "standard"},
+            },
+        )
+        # s3fs repeats on top of botocore's own attempts.
+        self._fs.retries = 3
+
+    def read(self, path: str) -> bytes:
+        return self._read(path)
+
+    def read_tagged(self, path: str) -> tuple[bytes, str]:
+        # The etag first: should the object change in between, a later `replace` fails and loses nothing.
+        etag = self.head(path)
+        if etag is None:
+            raise ObjectMissingError(f"{self.url}/{path} does not exist")
+        return self._read(path), etag
+
+    def create(self, path: str, data: bytes) -> None:
+        if not self._put(path, data, IfNoneMatch="*"):
+            raise ObjectExistsError(f"{self.url}/{path} exists already, with other content")
+
+    def replace(self, path: str, data: bytes, etag: str) -> None:
+        if not self._put(path, data, IfMatch=etag):
+            raise ConflictError(f"{self.url}/{path} has changed since it was read: read it again")
+
+    def head(self, path: str) -> str | None:
+        try:
+            return str(self._call("head_object", path)["ETag"])
+        except ObjectMissingError:
+            return None
+
+    def folders(self, prefix: str) -> list[str]:
+        with self._errors(prefix):
+            try:
+                entries = self._fs.ls(self._key(prefix, bucket=True), detail=True, refresh=True)
+            except FileNotFoundError as error:
+                self._refuse_missing_bucket(error)
+                return []
+        return sorted(str(entry["name"]).rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
+
+    def list(self, prefix: str) -> list[str]:
+        with self._errors(prefix):
+            found = self._fs.find(self._key(prefix, bucket=True), refresh=True)
+        skip = len(self._key("", bucket=True).rstrip("/")) + 1
+        return sorted(str(name)[skip:] for name in found)
+
+    def delete(self, path: str) -> None:
+        self._call("delete_object", path)
+
+    def upload(self, path: str, source: Path) -> None:
+        self.create(path, source.read_bytes())
+
+    def download(self, path: str, target: Path) -> None:
+        data = self._read(path)
+        try:
+            target.write_bytes(data)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+    def _key(self, path: str, *, bucket: bool = False) -> str:
+        parts = ([self.bucket] if bucket else []) + [self.prefix, check_object_path(path) if path else ""]
+        return "/".join(part for part in parts if part)
+
+    def _read(self, path: str) -> bytes:
+        with self._errors(path):
+            return bytes(self._fs.cat_file(self._key(path, bucket=True)))
+
+    def _put(self, path: str, data: bytes, **condition: str) -> bool:
+        """Conditional PUT; False when refused and the object there is not this one."""
+        try:
+            self._call("put_object", path, size=len(data), Body=data, **condition)
+        except (ConflictError, StoreUnreachableError) as error:
+            try:
+                if self._read(path) == data:
+                    return True
+            except ObjectMissingError:
+                pass
+            if isinstance(error, ConflictError):
+                return False
+            raise
+        return True
+
+    def _call(self, method: str, path: str, *, size: int = 0, **arguments: Any) -> Any:
+        deadline = REQUEST_DEADLINE_S + size / SLOWEST_TRANSFER
+        with self._errors(path):
+            return sync(
+                self._fs.loop,
+                self._fs._call_s3,
+                method,
+                Bucket=self.bucket,
+                Key=self._key(path),
+                timeout=deadline,
+                **arguments,
+            )
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        where = f"{self.url}/{path}"
+        try:
+            yield
+        except StoreError:
+            raise
+        except (BotoCoreError, FSTimeoutError, ConnectionError, TimeoutError) as error:
+            raise StoreUnreachableError(
+                f"{where}: no answer from {self.endpoint} ({type(error).__name__}). Check that the server "
+                "runs, and DIFFUSION_BLEND_S3_ENDPOINT_URL and DIFFUSION_BLEND_STORE_URL"
+            ) from error
+        except OSError as error:
+            code = _code(error)
+            self._refuse_missing_bucket(error)
+            if isinstance(error, FileNotFoundError) or code in _MISSING:
+                raise ObjectMissingError(f"{where} does not exist") from None
+            if isinstance(error, FileExistsError) or code in _REFUSED:
+                raise ConflictError(f"{where} was written by someone else at the same time") from None
+            if isinstance(error, PermissionError) or code in _DENIED:
+                raise StoreAccessError(
+                    f"{where}: {self.endpoint} refuses these credentials ({code}). Check "
+                    "DIFFUSION_BLEND_S3_KEY, DIFFUSION_BLEND_S3_SECRET and what they permit on the bucket"
+                ) from None
+            raise StoreError(f"{where}: {self.endpoint} failed ({code}: {error}). Repeat the command") from error
+
+    def _refuse_missing_bucket(self, error: OSError) -> None:
+        if _code(error) == "NoSuchBucket":
+            raise StoreError(
+                f"bucket {self.bucket!r} does not exist at {self.endpoint}: create it, or correct "
+                "DIFFUSION_BLEND_STORE_URL"
+            ) from None
+
+
+def _code(error: BaseException | None) -> str:
+    """The server's error code; s3fs translates some to OSError subclasses and others to a bare errno 22."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__
+    return ""
