@@ -1,0 +1,57 @@
+"""Which basis to load and how to run it, as typed arguments. Knows neither torch nor Ray."""
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from workers.bundles import DEFAULT_BUNDLE
+
+
+class EngineArgs(BaseModel):
+    """Which basis to load and how to run it: a bundle from the registry, or a base with adapters by path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    # "name@7", "name@champion" or "name" for the latest; None without adapters: the one the package ships
+    bundle: str | None = None
+    # any Stable-Diffusion-class diffusers directory or Hub id; with a bundle: where its base lies on this machine
+    base: str | None = None
+    # basis name -> directory or safetensors file in diffusers' own layout
+    adapters: dict[str, str] = Field(default_factory=dict)
+    # registry to look in; None: the one in the environment's settings
+    store_url: str | None = None
+    # "auto" takes a GPU when torch sees one
+    device: str = "auto"
+    # UNet rows in flight at once, and rows per forward
+    max_rows: int = Field(64, ge=2)
+    tile_rows: int = Field(24, ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if device not in ("auto", "cpu") and not device.startswith("cuda"):
+            raise ValueError(f'got "{device}"; use "auto", "cpu" or "cuda" (or "cuda:N")')
+        return device
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EngineArgs":
+        if self.adapters and self.base is None:
+            raise ValueError("adapters by path need the base they were tuned on: give base as well")
+        if self.adapters and self.bundle is not None:
+            raise ValueError("give either a bundle or a base with adapters, not both")
+        if self.base is not None and not self.adapters and self.bundle is None:
+            raise ValueError("a base needs adapters to blend (NAME=PATH), or the bundle that was made on it")
+        return self
+
+    @property
+    def bundle_ref(self) -> str | None:
+        """The bundle to open, or None for a base with adapters by path."""
+        return None if self.adapters else self.bundle or DEFAULT_BUNDLE
+
+
+class ServeArgs(EngineArgs):
+    """Arguments of `workers.serving.build_app`; the `args` of an application in infra/serve.yaml."""
+
+    # forecast UNet rows that may wait before requests are answered 429
+    max_queued_rows: int = Field(20_000, ge=1)
+    # replicas with an engine each; one per device
+    num_replicas: int = Field(1, ge=1, le=64)
+    # CPU threads of torch in each replica
+    num_threads: int = Field(1, ge=1, le=256)
