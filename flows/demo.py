@@ -1,0 +1,156 @@
+"""The demonstration: services, the full-pipeline flow and its summary on one machine, with nothing left running."""
+
+import json
+import os
+import signal
+import threading
+import time
+import tomllib
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.local_services import free_port, prefect_server
+
+RUN_FILE = Path(__file__).parent.parent / "infra" / "runs" / "demo.toml"
+CPUS = 2
+POLL_SECONDS = 0.5
+
+
+def run_demo(run: Path, output_dir: Path, store_url: str | None, stay: bool, console: Console) -> dict[str, Any]:
+    """Run the whole job and return its facts, after everything it started has ended.
+
+    run: TOML file with parameters of the full-pipeline flow. stay: keep the endpoint up until Ctrl-C. Every demo gets
+    a directory of its own below output_dir; store_url defaults to a directory inside it. Raises RuntimeError that
+    says where the logs are; KeyboardInterrupt leaves threads of the flow behind, so end the process after it.
+    """
+    parameters = tomllib.loads(run.read_text())
+    directory = (output_dir / datetime.now().strftime("%Y%m%d-%H%M%S")).absolute()
+    directory.mkdir(parents=True)
+    began = time.monotonic()
+    console.print(f"Everything this demo writes goes to {directory}")
+    with signals_as_interrupts(), services(directory, store_url, console) as places:
+        result = run_pipeline({**parameters, **places, "output_dir": str(directory)}, directory)
+        summary = result | {"seconds": round(time.monotonic() - began, 1), "output_dir": str(directory)}
+        (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        show_summary(summary, console)
+        if stay:
+            wait_for_interrupt(console)
+    console.print("Everything the demo started has ended.")
+    return summary
+
+
+@contextmanager
+def signals_as_interrupts() -> Iterator[None]:
+    """A polite kill or a closed terminal cleans up as Ctrl-C does."""
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def services(directory: Path, store_url: str | None, console: Console) -> Iterator[dict[str, Any]]:
+    """Storage, Ray and a Prefect server; yields the parameters that lead a flow to them."""
+    store = store_url or f"file://{directory / 'store'}"
+    with ExitStack() as stack:
+        os.environ.update(demo_environment(directory, store))
+        os.environ.pop("RAY_ADDRESS", None)
+        with console.status(f"Starting Ray with {CPUS} CPUs"):
+            from workers.cluster import ray_session
+
+            stack.enter_context(ray_session(num_cpus=CPUS))
+        with console.status("Starting a Prefect server"):
+            environment = stack.enter_context(prefect_server(directory / "prefect"))
+        os.environ.update(environment)
+        console.print(f"Prefect: {environment['PREFECT_API_URL'].removesuffix('/api')}   storage: {store}")
+        yield {"store_url": store, "port": free_port()}
+        console.print("Stopping Prefect and Ray ...")
+
+
+def demo_environment(directory: Path, store: str) -> dict[str, str]:
+    return {
+        # a fresh cache: a second demo would otherwise resume the first one's training instead of showing it
+        "DIFFUSION_BLEND_CACHE_DIR": str(directory / "cache"),
+        "DIFFUSION_BLEND_STORE_URL": store,
+        # the demo shows steps and bars of its own
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        # a task that outlives its cluster must fail, not start another one
+        "RAY_ENABLE_AUTO_CONNECT": "0",
+    }
+
+
+def run_pipeline(parameters: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The full-pipeline flow in a thread, so that this one can show its steps and be interrupted at any time."""
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            from flows.full_pipeline import full_pipeline
+
+            outcome["result"] = full_pipeline(**parameters)
+        except BaseException as error:
+            (directory / "error.log").write_text(traceback.format_exc())
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True, name="full-pipeline")
+    thread.start()
+    shown: list[str] = []
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        show_steps(shown)
+    if error := outcome.get("error"):
+        where = f"after step {shown[-1]!r}" if shown else "before its first step"
+        raise RuntimeError(
+            f"the demo failed {where}: {error}. See {directory / 'error.log'} and /tmp/ray/session_latest/logs; "
+            "then run it again, it starts afresh"
+        ) from error
+    return outcome["result"]
+
+
+def show_steps(shown: list[str]) -> None:
+    """Print the names of task runs that have begun since the last call, and add them to `shown`."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import TaskRunSort
+    from tqdm import tqdm
+
+    try:
+        with get_client(sync_client=True) as client:
+            runs = client.read_task_runs(sort=TaskRunSort.EXPECTED_START_TIME_ASC, limit=200)
+    except Exception:
+        # the steps are a courtesy: a busy server must not end the demo
+        return
+    for run in runs:
+        name = run.name.rsplit("-", 1)[0] if run.name.rsplit("-", 1)[-1].isalnum() else run.name
+        if name not in shown:
+            shown.append(name)
+            tqdm.write(f"{datetime.now():%H:%M:%S}  {name}")
+
+
+def show_summary(summary: Mapping[str, Any], console: Console) -> None:
+    from workers.basis import gain_table
+
+    table = Table("reward", "base [95 %]", "tuned [95 %]", "gain in base std", title="Held-out reward")
+    for row in gain_table(summary["adapters"]):
+        table.add_row(str(row["reward"]), str(row["base"]), str(row["tuned"]), f"{row['gain_in_base_std']:+.2f}")
+    console.print(table)
+    console.print(f"report    {summary['evaluation']}\nimage     {summary['image']}\nendpoint  {summary['url']}")
+    console.print(f"bundle    {summary['bundle']}\n{summary['seconds']:.0f} seconds")
+
+
+def wait_for_interrupt(console: Console) -> None:
+    """Keep everything up until Ctrl-C."""
+    console.print("The endpoint and the Prefect server stay up. Press Ctrl-C to end them.")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        console.print()
