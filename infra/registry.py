@@ -39,6 +39,7 @@ from infra.storage import Store
 from infra.versions import VersionLog
 
 LATEST = "latest"
+KINDS: tuple[Kind, ...] = ("adapter", "bundle")
 R = TypeVar("R", AdapterRecord, BundleRecord)
 
 
@@ -168,12 +169,15 @@ class Registry:
         log = self._log(kind, check_name(name, f"{kind} name"))
         return [log.read(version) for version in range(1, log.latest() + 1)] or [self._version(kind, name, 0)]
 
+    def alias_names(self, name: str, kind: Kind = "bundle") -> list[str]:
+        """Aliases of a name, sorted."""
+        paths = self.store.list(f"{kind}s/{check_name(name)}/aliases")
+        return [path.rsplit("/", 1)[-1].removesuffix(".json") for path in paths if path.count("/") == 3]
+
     def aliases(self, name: str, kind: Kind = "bundle") -> dict[str, AliasEntry]:
         """Where each alias of a name points."""
         folder = f"{kind}s/{check_name(name)}"
-        paths = self.store.list(f"{folder}/aliases")
-        found = [path.rsplit("/", 1)[-1].removesuffix(".json") for path in paths if path.count("/") == 3]
-        entries = {alias: Alias(self.store, folder, alias).read() for alias in found}
+        entries = {alias: Alias(self.store, folder, alias).read() for alias in self.alias_names(name, kind)}
         return {alias: entry for alias, entry in entries.items() if entry}
 
     def fetch(self, record: AdapterRecord, directory: str | Path) -> Path:

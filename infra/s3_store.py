@@ -4,6 +4,8 @@ Object writes are single PUTs (at most 5 GB), which S3 makes visible whole or no
 whose reply was lost and then meets its own object; every refused write is read back before it is believed.
 """
 
+import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +29,14 @@ from infra.settings import Settings
 from infra.storage import Store, check_object_path
 
 CONNECT_TIMEOUT_S = 4
-READ_TIMEOUT_S = 30
-# For a request without a body to speak of, all retries together.
+# Silence on an open connection. botocore tries twice, and s3fs has it tried twice.
+READ_TIMEOUT_S = 15
+# All tries together, for a request without a body to speak of.
 REQUEST_DEADLINE_S = 60
-# The slowest line that is waited for, in bytes a second.
+# The slowest line that is waited for, in bytes a second, and the longest time for a body of unknown length.
 SLOWEST_TRANSFER = 50_000
+READ_DEADLINE_S = 3600
+MAX_COLLISIONS = 8
 
 _DENIED = {
     "AccessDenied",
@@ -63,11 +68,10 @@ class S3Store(Store):
             config_kwargs={
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
-                "retries": {"max_attempts": 3, "mode": "standard"},
+                "retries": {"total_max_attempts": 2, "mode": "standard"},
             },
         )
-        # s3fs repeats on top of botocore's own attempts.
-        self._fs.retries = 3
+        self._fs.retries = 2
 
     def read(self, path: str) -> bytes:
         return self._read(path)
@@ -96,7 +100,7 @@ class S3Store(Store):
     def folders(self, prefix: str) -> list[str]:
         with self._errors(prefix):
             try:
-                entries = self._fs.ls(self._key(prefix, bucket=True), detail=True, refresh=True)
+                entries = self._wait(self._fs._ls, self._key(prefix, bucket=True), detail=True, refresh=True)
             except FileNotFoundError as error:
                 self._refuse_missing_bucket(error)
                 return []
@@ -104,7 +108,7 @@ class S3Store(Store):
 
     def list(self, prefix: str) -> list[str]:
         with self._errors(prefix):
-            found = self._fs.find(self._key(prefix, bucket=True), refresh=True)
+            found = self._wait(self._fs._find, self._key(prefix, bucket=True), refresh=True)
         skip = len(self._key("", bucket=True).rstrip("/")) + 1
         return sorted(str(name)[skip:] for name in found)
 
@@ -128,35 +132,43 @@ class S3Store(Store):
 
     def _read(self, path: str) -> bytes:
         with self._errors(path):
-            return bytes(self._fs.cat_file(self._key(path, bucket=True)))
+            return bytes(self._wait(self._fs._cat_file, self._key(path, bucket=True), seconds=READ_DEADLINE_S))
 
     def _put(self, path: str, data: bytes, **condition: str) -> bool:
         """Conditional PUT; False when refused and the object there is not this one."""
-        try:
-            self._call("put_object", path, size=len(data), Body=data, **condition)
-        except (ConflictError, StoreUnreachableError) as error:
+        for collision in range(MAX_COLLISIONS):
             try:
-                if self._read(path) == data:
+                self._call("put_object", path, size=len(data), Body=data, **condition)
+                return True
+            except (ConflictError, ObjectMissingError, StoreUnreachableError) as error:
+                found = self._read_or_none(path)
+                if found == data:
                     return True
-            except ObjectMissingError:
-                pass
-            if isinstance(error, ConflictError):
-                return False
-            raise
-        return True
+                if isinstance(error, StoreUnreachableError):
+                    raise
+                # S3 may refuse all of several writers that meet (409): one of them has to come back.
+                if found is not None or "IfMatch" in condition:
+                    return False
+            time.sleep(random.uniform(0, 0.1 * 2**collision))
+        return False
+
+    def _read_or_none(self, path: str) -> bytes | None:
+        try:
+            return self._read(path)
+        except ObjectMissingError:
+            return None
 
     def _call(self, method: str, path: str, *, size: int = 0, **arguments: Any) -> Any:
-        deadline = REQUEST_DEADLINE_S + size / SLOWEST_TRANSFER
+        """One S3 request on an object; boto's own names for method and arguments."""
+        seconds = REQUEST_DEADLINE_S + size / SLOWEST_TRANSFER
         with self._errors(path):
-            return sync(
-                self._fs.loop,
-                self._fs._call_s3,
-                method,
-                Bucket=self.bucket,
-                Key=self._key(path),
-                timeout=deadline,
-                **arguments,
+            return self._wait(
+                self._fs._call_s3, method, seconds=seconds, Bucket=self.bucket, Key=self._key(path), **arguments
             )
+
+    def _wait(self, request: Any, *arguments: Any, seconds: float = REQUEST_DEADLINE_S, **options: Any) -> Any:
+        """Run a coroutine of s3fs on its own loop, no longer than this many seconds."""
+        return sync(self._fs.loop, request, *arguments, timeout=seconds, **options)
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:

@@ -4,10 +4,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from infra.errors import InfraError, UnknownRecordError
-from infra.manifests import BundleRecord
+from infra.manifests import BundleRecord, Kind, Record
 from infra.registry import Registry
 from infra.settings import Settings, read_settings
 from infra.storage import open_store
@@ -47,7 +47,7 @@ def open_bundle(
     Raises BundleError, RegistryError, StoreError.
     """
     settings = settings or read_settings()
-    registry, record = find_bundle(ref, settings)
+    registry, record = find_record(ref, settings)
     base_path = verify_base(record, base)
     adapters = {
         basis: registry.cached(adapter, settings.cache_dir) for basis, adapter in registry.adapters_of(record).items()
@@ -55,21 +55,24 @@ def open_bundle(
     return LoadedBundle(record, base_path, adapters)
 
 
-def find_bundle(ref: str, settings: Settings) -> tuple[Registry, BundleRecord]:
-    """The record and the registry that holds it. Raises UnknownRecordError naming both places it was sought in."""
+@overload
+def find_record(ref: str, settings: Settings, kind: Literal["bundle"] = "bundle") -> tuple[Registry, BundleRecord]: ...
+@overload
+def find_record(ref: str, settings: Settings, kind: Kind) -> tuple[Registry, Record]: ...
+def find_record(ref: str, settings: Settings, kind: Kind = "bundle") -> tuple[Registry, Record]:
+    """A record and the registry that holds it. Raises UnknownRecordError naming both places it was sought in."""
     own = Registry(open_store(settings.store_url, settings))
     try:
-        return own, own.get_bundle(ref)
+        return own, own.get(ref, kind)
     except UnknownRecordError as error:
         missing = error
     shipped = shipped_registry()
-    name = ref.partition("@")[0]
-    if shipped is None or name in own.names("bundle"):
+    if shipped is None or ref.partition("@")[0] in own.names(kind):
         raise missing
     try:
-        return shipped, shipped.get_bundle(ref)
+        return shipped, shipped.get(ref, kind)
     except UnknownRecordError as error:
-        raise UnknownRecordError(f"{missing}. Among the bundles of the package: {error}") from None
+        raise UnknownRecordError(f"{missing}. Among those of the package: {error}") from None
 
 
 def shipped_registry() -> Registry | None:
