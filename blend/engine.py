@@ -1,0 +1,226 @@
+"""BlendEngine: denoises many samples at once, each with its own prompt, preference, steps, guidance and seed.
+
+Samples join and leave between any two steps. A step plans one row per (sample, source with a coefficient that is not 0,
+conditional or not), runs all rows in a few tiles, sums them per sample and steps every sample at once.
+
+What is guaranteed: a sample's noise depends on (seed, step) alone, and its result on its neighbours by float32 rounding
+only (1e-5). With deterministic=True every forward has exactly tile_rows rows, and on a CPU with one torch thread
+a sample is bit-identical alone and in any company.
+
+Not thread-safe: one thread submits, steps and aborts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from blend.adapters import AdapterBank
+from blend.ddim import DDIMStep, kl_of
+from blend.mixing import blend_predictions
+from blend.model import DiffusionModel
+from blend.sample import DenoisingError, Output, Running, Sample, SampleError, Trajectory, start
+
+__all__ = ["BlendEngine", "DenoisingError", "Output", "Sample", "SampleError", "Trajectory"]
+
+
+class BlendEngine:
+    """The denoising loop over one model and its adapters."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        bank: AdapterBank,
+        *,
+        max_rows: int = 64,
+        tile_rows: int = 24,
+        deterministic: bool = False,
+    ) -> None:
+        """max_rows bounds the rows in flight (one sample is always let in); tile_rows the rows of one forward.
+
+        deterministic=True pads every forward to tile_rows: choose them small (4 to 8), a lone sample pays for all.
+        """
+        if max_rows < 1 or tile_rows < 1:
+            raise ValueError(f"max_rows is {max_rows} and tile_rows {tile_rows}: use integers >= 1")
+        self.model = model
+        self.bank = bank
+        self._max_rows = max_rows
+        self._tile_rows = tile_rows
+        self._deterministic = deterministic
+        self._tickets = itertools.count()
+        self._waiting: deque[Running] = deque()
+        self._active: dict[int, Running] = {}
+        self._batches: list[_Batch] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """True when no sample is waiting or in flight."""
+        return not self._waiting and not self._active
+
+    def submit(self, sample: Sample) -> int:
+        """Check the sample, queue it and return its ticket.
+
+        Raises SampleError, PreferenceError or ModelError (all ValueErrors) naming the field.
+        """
+        running = start(next(self._tickets), sample, self.model, self.bank.names)
+        self._waiting.append(running)
+        return running.ticket
+
+    def abort(self, ticket: int) -> bool:
+        """Drop a sample and free its rows at once; False when it is not waiting or in flight."""
+        if self._active.pop(ticket, None) is not None:
+            self._batches = None
+            return True
+        for running in self._waiting:
+            if running.ticket == ticket:
+                self._waiting.remove(running)
+                return True
+        return False
+
+    def progress(self, ticket: int) -> tuple[int, int]:
+        """Return (steps done, steps in all) of a sample that is waiting or in flight; KeyError otherwise."""
+        for running in itertools.chain(self._active.values(), self._waiting):
+            if running.ticket == ticket:
+                return running.step, running.total
+        raise KeyError(f"no sample with ticket {ticket} is waiting or in flight")
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, Output]:
+        """Take every sample in flight one step further; return the outputs of those that ended, by ticket."""
+        self._admit()
+        finished: dict[int, Output] = {}
+        for batch in self._grouped():
+            self._advance(batch)
+            finished.update((r.ticket, r.output()) for r in batch.members if r.ended)
+        if finished:
+            self._active = {ticket: r for ticket, r in self._active.items() if ticket not in finished}
+            self._batches = None
+        return finished
+
+    def run(self, samples: Iterable[Sample], on_step: Callable[[int, int], None] | None = None) -> list[Output]:
+        """Denoise `samples` and return their outputs in order; on_step receives (sample steps done, in all).
+
+        Raises what `submit` raises before any work, and RuntimeError when other samples are in flight.
+        """
+        if not self.idle:
+            raise RuntimeError("run() needs an idle engine: step() the samples in flight to their end first")
+        runs = [start(next(self._tickets), sample, self.model, self.bank.names) for sample in samples]
+        self._waiting.extend(runs)
+        total, outputs = sum(r.total for r in runs), {}
+        try:
+            while not self.idle:
+                outputs.update(self.step())
+                if on_step is not None:
+                    on_step(sum(r.total if r.ended else r.step for r in runs), total)
+        finally:
+            for running in runs:
+                self.abort(running.ticket)
+        return [outputs[running.ticket] for running in runs]
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Return images [B, 3, H, W] in [0, 1] for latents [C, h, w] of one shape."""
+        return self.model.decode(torch.stack(list(latents)))
+
+    def _admit(self) -> None:
+        rows = sum(running.rows for running in self._active.values())
+        while self._waiting and (not self._active or rows + self._waiting[0].rows <= self._max_rows):
+            running = self._waiting.popleft()
+            self._active[running.ticket] = running
+            rows += running.rows
+            self._batches = None
+
+    def _grouped(self) -> list[_Batch]:
+        # the layout of the rows changes only when a sample joins or leaves
+        if self._batches is None:
+            shapes: dict[torch.Size, list[Running]] = {}
+            for running in self._active.values():
+                shapes.setdefault(running.latents.shape, []).append(running)
+            self._batches = [_Batch(members, self.model) for members in shapes.values()]
+        return self._batches
+
+    def _advance(self, batch: _Batch) -> None:
+        latents = torch.stack([running.latents for running in batch.members])
+        timesteps, prev_timesteps = batch.timesteps()
+        try:
+            preds = self._predict(batch, latents, timesteps)
+        except RuntimeError as error:  # out of memory, or a shape that the UNet cannot take
+            for running in batch.members:
+                running.fail(error)
+            return
+        size = len(batch.members)
+        timesteps, prev_timesteps = timesteps.to(latents.device), prev_timesteps.to(latents.device)
+        noise_pred = blend_predictions(preds, batch.coefficients, batch.owner, size)
+        taken = self.model.ddim_step(
+            noise_pred, latents, timesteps, prev_timesteps, eta=batch.eta, noise=batch.draw_noise()
+        )
+        kl = None
+        if batch.measured:
+            base_pred = blend_predictions(preds, batch.base_coefficients, batch.owner, size)
+            base = self.model.ddim_step(base_pred, latents, timesteps, prev_timesteps, eta=batch.eta, noise=None)
+            kl = kl_of(taken.mean, base.mean, taken.std)
+        _store(batch.members, taken, kl)
+
+    def _predict(self, batch: _Batch, latents: Tensor, timesteps: Tensor) -> Tensor:
+        mix = batch.mix()
+        preds = []
+        for rows in self._tiles(len(batch.owner)):
+            owner = batch.owner[rows]
+            preds.append(
+                self.bank.forward(
+                    latents[owner.to(latents.device)].to(self.model.dtype),
+                    timesteps[owner].to(latents.device),
+                    batch.embeds[rows.to(latents.device)],
+                    mix[rows],
+                )
+            )
+        return torch.cat(preds)[: len(batch.owner)]
+
+    def _tiles(self, rows: int) -> Sequence[Tensor]:
+        if not self._deterministic:
+            # equal tiles: 26 rows run as 13 + 13, not as 24 + 2
+            return torch.arange(rows).chunk(-(-rows // self._tile_rows))
+        padded = -(-rows // self._tile_rows) * self._tile_rows
+        return torch.arange(padded).clamp(max=rows - 1).split(self._tile_rows)
+
+
+def _store(members: Sequence[Running], taken: DDIMStep, kl: Tensor | None) -> None:
+    finite = taken.prev_sample.isfinite().flatten(1).all(1).tolist()
+    divergences = [0.0] * len(members) if kl is None else kl.tolist()
+    for i, running in enumerate(members):
+        running.advance(taken.prev_sample[i], taken.log_prob[i], divergences[i], finite[i])
+
+
+class _Batch:
+    """Samples of one latent shape and the layout of their rows, kept until one joins or leaves."""
+
+    def __init__(self, members: list[Running], model: DiffusionModel) -> None:
+        self.members = members
+        device = model.device
+        self.owner = torch.tensor([i for i, r in enumerate(members) for _ in range(r.rows)])  # [R]
+        self.coefficients = torch.cat([r.plan.coefficients for r in members])  # [R]
+        self.base_coefficients = torch.cat([r.plan.base_coefficients for r in members])  # [R]
+        self.embeds = torch.cat([r.embeds for r in members])  # [R, L, D]
+        self.eta = torch.tensor([r.sample.eta for r in members], device=device)  # [n]
+        self.measured = any(r.plan.measured for r in members)
+        self._device = device
+        self._fixed = None if any(r.plan.schedule for r in members) else self._stack_mix()
+
+    def mix(self) -> Tensor:
+        """Return [R, K] of this step."""
+        return self._stack_mix() if self._fixed is None else self._fixed
+
+    def _stack_mix(self) -> Tensor:
+        return torch.cat([r.plan.mix_at(r.step) for r in self.members])
+
+    def timesteps(self) -> tuple[Tensor, Tensor]:
+        """Return (timesteps [n], prev_timesteps [n]) of this step."""
+        now = torch.stack([r.timesteps[r.step] for r in self.members])
+        return now, torch.stack([r.prev_timesteps[r.step] for r in self.members])
+
+    def draw_noise(self) -> Tensor:
+        """Return [n, C, h, w]; drawn on the CPU, so that a seed means the same on every device."""
+        return torch.stack([r.draw_noise() for r in self.members]).to(self._device)

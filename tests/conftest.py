@@ -1,0 +1,240 @@
+"""Fixtures shared by all rooms: a tiny model of the real classes, and adapters for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+# two threads on two busy cores spin: a forward gets thirty times slower
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved StableDiffusionPipeline with random weights under a seed: 8 x 8 latents, 32 x 32 pixels."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16, 16),
+            norm_num_groups=4,
+            sample_size=32,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+        )
+        tokenizer = _byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    directory = tmp_path_factory.mktemp("tiny_sd")
+    pipeline.save_pretrained(directory)
+    return directory
+
+
+def _byte_tokenizer(directory: Path):
+    from transformers import CLIPTokenizer
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    vocabulary = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=77)
+
+
+@pytest.fixture(scope="session")
+def tiny_lora(tiny_sd_dir: Path) -> Callable[..., Path]:
+    """Factory (directory, seed=0, rank=4, strength=0.2) -> directory with pytorch_lora_weights.safetensors, B not 0."""
+    from safetensors.torch import load_file, save_file
+
+    names = [
+        key.removesuffix(".weight")
+        for key in load_file(tiny_sd_dir / "unet" / "diffusion_pytorch_model.safetensors")
+        if key.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+    ]
+    weights = load_file(tiny_sd_dir / "unet" / "diffusion_pytorch_model.safetensors")
+
+    def make(path: str | Path, seed: int = 0, rank: int = 4, strength: float = 0.2) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name in names:
+            out_features, in_features = weights[f"{name}.weight"].shape
+            down = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+            up = torch.randn(out_features, rank, generator=generator) * strength
+            tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"] = down, up
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, directory / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+        return directory
+
+    return make
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3-protocol server with an empty bucket, a key that may do all and one that may only read."""
+
+    endpoint_url: str
+    bucket: str = "blend-test"
+    key: str = "writer"
+    secret: str = "writer-secret"
+    reader_key: str = "reader"
+    reader_secret: str = "reader-secret"
+
+    def env(self, prefix: str) -> dict[str, str]:
+        """Environment that makes s3://bucket/prefix the store of this or another process."""
+        return {
+            "DIFFUSION_BLEND_STORE_URL": f"s3://{self.bucket}/{prefix}",
+            "DIFFUSION_BLEND_S3_ENDPOINT_URL": self.endpoint_url,
+            "DIFFUSION_BLEND_S3_KEY": self.key,
+            "DIFFUSION_BLEND_S3_SECRET": self.secret,
+        }
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """SeaweedFS on free ports of 127.0.0.1; the session fails when it does not start."""
+    logs = []
+    for _ in range(3):
+        directory = tmp_path_factory.mktemp("weed")
+        ports = _free_port_pairs(5)
+        process = _start_weed(directory, ports)
+        try:
+            server = S3Server(endpoint_url=f"http://127.0.0.1:{ports[0]}")
+            if _first_write_succeeds(server, process):
+                yield server
+                return
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        logs.append((directory / "log").read_text()[-2000:])
+    pytest.fail("SeaweedFS did not start three times over; its logs end:\n" + "\n---\n".join(logs))
+
+
+def _start_weed(directory: Path, ports: list[int]) -> subprocess.Popen[bytes]:
+    server = S3Server(endpoint_url="")
+    identities = [
+        {
+            "name": key,
+            "credentials": [{"accessKey": key, "secretKey": secret}],
+            "actions": actions,
+        }
+        for key, secret, actions in (
+            (server.key, server.secret, ["Admin", "Read", "Write", "List", "Tagging"]),
+            (server.reader_key, server.reader_secret, ["Read", "List"]),
+        )
+    ]
+    config = directory / "s3.json"
+    config.write_text(json.dumps({"identities": identities}))
+    (directory / "data").mkdir()
+    names = ("s3", "master", "volume", "filer", "admin")
+    with (directory / "log").open("wb") as log:
+        return subprocess.Popen(
+            [
+                str(Path(sys.executable).with_name("weed")),
+                "mini",
+                f"-dir={directory / 'data'}",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                "-master.telemetry=false",
+                f"-s3.config={config}",
+                "-admin.ui=false",
+                "-webdav=false",
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+                *(f"-{name}.port={port}" for name, port in zip(names, ports, strict=True)),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=directory,
+        )
+
+
+def _first_write_succeeds(server: S3Server, process: subprocess.Popen[bytes]) -> bool:
+    from infra.errors import StoreError
+    from infra.settings import Settings
+    from infra.storage import open_store
+
+    settings = Settings(s3_endpoint_url=server.endpoint_url, s3_key=server.key, s3_secret=server.secret)
+    store = open_store(f"s3://{server.bucket}/warm-up", settings)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            store.create("object", b"first")
+            return True
+        except StoreError:
+            time.sleep(0.2)
+    return False
+
+
+def _free_port_pairs(count: int) -> list[int]:
+    """Ports p with p + 10000 free too, where SeaweedFS puts its gRPC; clear of those that Ray's workers use."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 45_000)
+        try:
+            for number in (port, port + 10_000):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", number))
+        except OSError:
+            continue
+        if port not in found:
+            found.append(port)
+    return found
