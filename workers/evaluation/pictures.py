@@ -1,0 +1,119 @@
+"""The image grid: rows of preferences, columns of prompts, the same seed throughout."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from workers.evaluation.grid import ADAPTER, BASE, Cell, equal_weights
+
+TILE, GAP, MARGIN, LABEL_WIDTH = 128, 6, 16, 236
+INK, PAPER, MUTED = "#1c2128", "#ffffff", "#626b76"
+LARGEST_THUMBNAIL = 256
+Pixels = NDArray[np.uint8]
+
+
+def pictured_cells(cells: Sequence[Cell]) -> list[int]:
+    """Which cells to show, in the order of the rows: along the blend, then along lambda, then the other methods.
+
+    With three or more adapters only even mixes are shown: the grid has to stay readable.
+    """
+    count = len(cells[0].weights)
+    alone = [index for index, cell in enumerate(cells) if cell.method == ADAPTER]
+    mixes = [
+        index
+        for index, cell in enumerate(cells)
+        if cell.method == "mpa" and cell.kl_lambda == 1 and (count == 2 or _even(cell))
+    ]
+    along = sorted(alone + mixes, key=lambda index: -cells[index].weights[0]) if count == 2 else alone + mixes
+    equal = equal_weights(count)
+    dial = [index for index, cell in enumerate(cells) if cell.kl_lambda not in (0, 1) and _same(cell, equal, "mpa")]
+    dial.sort(key=lambda index: cells[index].kl_lambda)
+    rivals = [
+        index
+        for index, cell in enumerate(cells)
+        if cell.method not in (BASE, ADAPTER, "mpa") and cell.kl_lambda == 1 and cell.weights == equal
+    ]
+    return [0, *along, *dial, *rivals]
+
+
+def _even(cell: Cell) -> bool:
+    weights = [cell.weights[index] for index in cell.active]
+    return max(weights) - min(weights) < 1e-6
+
+
+def _same(cell: Cell, weights: tuple[float, ...], method: str) -> bool:
+    return cell.method == method and cell.weights == weights
+
+
+def grid_png(
+    pictures: Mapping[tuple[int, int], Pixels], labels: Mapping[int, str], prompts: Mapping[int, str]
+) -> bytes:
+    """Pictures keyed (cell, prompt) as one PNG; `labels` gives the rows top down, `prompts` the columns."""
+    font, bold = _font("DejaVuSans.ttf", 14), _font("DejaVuSans-Bold.ttf", 14)
+    heads = {prompt: _wrap(text, font, TILE - 4) for prompt, text in prompts.items()}
+    top = MARGIN + 19 * max(len(lines) for lines in heads.values()) + GAP
+    first = next(iter(pictures.values()))
+    height = round(TILE * first.shape[0] / first.shape[1])
+    size = (
+        MARGIN + LABEL_WIDTH + len(prompts) * (TILE + GAP) + MARGIN - GAP,
+        top + len(labels) * (height + GAP) + MARGIN - GAP,
+    )
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, (prompt, lines) in enumerate(heads.items()):
+        left = MARGIN + LABEL_WIDTH + column * (TILE + GAP)
+        for line, text in enumerate(lines):
+            draw.text((left + 2, top - GAP - 19 * (len(lines) - line)), text, font=font, fill=INK)
+        for row, cell in enumerate(labels):
+            tile = Image.fromarray(pictures[cell, prompt]).resize((TILE, height), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (left, top + row * (height + GAP)))
+    for row, label in enumerate(labels.values()):
+        lines = [part for piece in label.split(" · ") for part in _wrap(piece, bold, LABEL_WIDTH - 14)]
+        start = top + row * (height + GAP) + (height - 19 * len(lines)) // 2
+        for line, text in enumerate(lines):
+            draw.text(
+                (MARGIN, start + 19 * line), text, font=bold if line == 0 else font, fill=INK if line == 0 else MUTED
+            )
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(pixels: Pixels) -> str:
+    """A picture inside HTML, no larger than a thumbnail."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((LARGEST_THUMBNAIL, LARGEST_THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return png_uri(buffer.getvalue())
+
+
+def png_uri(data: bytes) -> str:
+    """PNG bytes as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib brings DejaVu along, so the picture looks alike on every machine."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 4) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1]} …"]
+    return lines
