@@ -42,7 +42,7 @@ def export_base(trainer: Pretrainer, codec: AutoencoderTiny, directory: Path) ->
 
 def load_base(directory: Path) -> StableDiffusionPipeline:
     """The exported directory as diffusers' own pipeline, fp32, without its progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(directory, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(directory), dtype=torch.float32, safety_checker=None)
     assert isinstance(pipeline.text_encoder, CLIPTextModel)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

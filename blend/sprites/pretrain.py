@@ -172,7 +172,7 @@ class Pretrainer:
             loss = self._train_step()
             running = loss if running == 0 else 0.98 * running + 0.02 * loss
             self.step += 1
-            if self.step % 50 == 0:
+            if self.step % 50 == 0 or self.step == self.plan.steps:
                 self.losses.append((self.step, running))
             progress("denoiser", self.step, self.plan.steps, running)
             if self.step % checkpoint_every == 0 or self.step == self.plan.steps:
