@@ -136,8 +136,9 @@ Colours: {colours}. Objects ({count}): {objects}.
 used. One colour of each object never appears. Data, art and weights: Apache-2.0.
 
 ## Training
-`diffusion-blend pretrain --steps {steps}`: an AutoencoderTiny (4 latent channels, factor 4), then a UNet2DConditionModel and a
-two-layer CLIPTextModel trained jointly for {steps} steps, {images_seen} images seen; noise prediction, min-SNR-5 weights.
+`diffusion-blend pretrain --steps {steps}`: an AutoencoderTiny (4 latent channels, factor 4), then a
+UNet2DConditionModel and a two-layer CLIPTextModel trained jointly for {steps} steps, {images_seen} images seen; noise
+prediction, min-SNR-5 weights.
 
 ![loss](loss.png)
 
@@ -149,7 +150,8 @@ prompts held out from fine-tuning:
 |---|---|
 | colour right, one object ({single_images} images) | {colour_accuracy:.1%} |
 | object right, one object | {object_accuracy:.1%} |
-| colour / object right, pairs never seen in training | {unseen_pair_colour_accuracy:.1%} / {unseen_pair_object_accuracy:.1%} |
+| colour right, one object in a colour never seen on it | {unseen_pair_colour_accuracy:.1%} |
+| object right, the same images | {unseen_pair_object_accuracy:.1%} |
 | both colours on the right objects, two objects ({pair_images} images) | {pair_accuracy:.1%} |
 | autoencoder | {codec_psnr_db:.1f} dB PSNR |
 
