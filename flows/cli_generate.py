@@ -20,8 +20,10 @@ Adapter = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 StoreUrl = Annotated[str | None, typer.Option("--store-url", help="Registry to look in; default: the settings.")]
-Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
-Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+Host = Annotated[str | None, typer.Option("--host", help="Address to listen on; default: the settings, 127.0.0.1.")]
+Port = Annotated[
+    int | None, typer.Option("--port", min=0, max=65535, help="0 takes a free one; default: the settings, 8000.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -88,8 +90,8 @@ def serve(
     bundle: Bundle = None,
     base: Base = None,
     adapter: Adapter = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
+    host: Host = None,
+    port: Port = None,
     device: Device = "auto",
     store_url: StoreUrl = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Engines, one per device.")] = 1,
@@ -98,20 +100,23 @@ def serve(
     ] = 20_000,
 ) -> None:
     """Serve a bundle over HTTP on Ray Serve until Ctrl-C."""
+    from infra.settings import read_settings
     from workers.engine_args import ServeArgs
     from workers.serving import check_port
 
+    settings = read_settings()
     args = _engine_args(bundle, base, adapter, device, store_url).model_dump()
-    args |= {"num_replicas": replicas, "max_queued_rows": max_queued_rows}
-    port = check_port(host, port)
+    args |= {"num_replicas": replicas, "max_queued_rows": max_queued_rows, "num_threads": settings.num_threads}
+    host = host or settings.host
+    port = check_port(host, settings.port if port is None else port)
     typer.echo("Checking the bundle and starting Ray Serve ...", err=True)
     _serve_until_stopped(ServeArgs.model_validate(args), host, port)
 
 
 def deploy(
     bundle: Annotated[str, typer.Option("--bundle", help="NAME@ALIAS or NAME@VERSION.")] = "sprites@champion",
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
+    host: Host = None,
+    port: Port = None,
     store_url: StoreUrl = None,
     address: Annotated[str | None, typer.Option("--address", help="Ray cluster; default: RAY_ADDRESS.")] = None,
 ) -> None:

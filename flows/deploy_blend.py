@@ -15,8 +15,8 @@ from workers.model_card import ModelCard
 def deploy_blend(
     bundle: str = "sprites@champion",
     store_url: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: str | None = None,
+    port: int | None = None,
     address: str | None = None,
 ) -> str:
     """Serve `bundle` and return the endpoint's URL; `address` or RAY_ADDRESS names the Ray cluster."""
@@ -56,12 +56,15 @@ def lasting_cluster(address: str | None) -> Iterator[None]:
 
 
 @task
-def start_endpoint(bundle: str, store_url: str | None, host: str, port: int) -> str:
+def start_endpoint(bundle: str, store_url: str | None, host: str | None, port: int | None) -> str:
     """Bring the Serve application up, or replace the one that runs; return its URL."""
+    from infra.settings import read_settings
     from workers.engine_args import ServeArgs
     from workers.serving import deploy
 
-    return deploy(ServeArgs(bundle=bundle, store_url=store_url), host=host, port=port)
+    settings = read_settings()
+    args = ServeArgs(bundle=bundle, store_url=store_url, num_threads=settings.num_threads)
+    return deploy(args, host=host or settings.host, port=settings.port if port is None else port)
 
 
 @task(retries=2, retry_delay_seconds=2)

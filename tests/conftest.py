@@ -238,3 +238,45 @@ def _free_port_pairs(count: int) -> list[int]:
         if port not in found:
             found.append(port)
     return found
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_lora: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two different adapters of the tiny model: basis name -> directory."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: str(tiny_lora(root / name, seed)) for seed, name in enumerate(("warm", "small"), start=1)}
+
+
+@pytest.fixture(scope="session")
+def tiny_store_url(
+    tiny_sd_dir: Path, tiny_adapters: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A registry on disk whose bundle tiny@champion holds the tiny model and both adapters, and a cache of its own."""
+    from blend.model import model_hash
+    from infra.manifests import AdapterFacts, BaseIdentity, BundleDefaults
+    from infra.registry import Registry
+    from infra.storage import open_store
+
+    root = tmp_path_factory.mktemp("registry")
+    url = f"file://{root / 'store'}"
+    registry = Registry(open_store(url))
+    base = BaseIdentity(source=str(tiny_sd_dir), sha256=model_hash(tiny_sd_dir))
+    records = {}
+    for seed, (name, directory) in enumerate(tiny_adapters.items(), start=1):
+        facts = AdapterFacts(
+            base=base,
+            rank=4,
+            alpha=4.0,
+            target_modules=("to_q", "to_k", "to_v", "to_out.0"),
+            reward="colourfulness",
+            reward_version="1",
+            kl_weight=0.1,
+            seed=seed,
+        )
+        records[name] = registry.publish_adapter(name, directory, facts)
+    defaults = BundleDefaults(guidance_scale=2.0, num_inference_steps=4)
+    bundle = registry.publish_bundle("tiny", base, records, defaults=defaults)
+    registry.promote("tiny", bundle.version, actor="tests", reason="first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(root / "cache"))
+        yield url

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.settings import Settings, read_settings
-from workers.bundles import LoadedBundle, find_bundle, load_engine, open_bundle, resolve_base
+from workers.bundles import LoadedBundle, find_record, load_engine, open_bundle, resolve_base
 from workers.engine_args import EngineArgs
 from workers.model_card import BasisCard, BundleName, Defaults, Limits, ModelCard
 
@@ -101,7 +101,7 @@ def _open_paths(args: EngineArgs, device: str) -> "tuple[BlendEngine, ModelCard]
 def _card_of_bundle(args: EngineArgs, bundle: LoadedBundle, model: "DiffusionModel") -> ModelCard:
     record = bundle.record
     chosen = record.defaults
-    registry, _ = find_bundle(record.ref, settings_of(args))
+    registry, _ = find_record(record.ref, settings_of(args))
     basis = [
         BasisCard(
             name=name,

@@ -8,6 +8,7 @@ Serve reads the type of `build_app`'s argument to parse `args` of a configuratio
 
 import asyncio
 import logging
+import os
 import socket
 from typing import Any
 
@@ -71,6 +72,9 @@ class EngineReplica:
     async def in_flight(self) -> int:
         """Requests whose rows are queued or in the batch."""
         return self.service.loop.in_flight
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     def check_health(self) -> None:
         if not self.service.loop.alive:

@@ -34,13 +34,8 @@ LONG = {**BASE, "num_inference_steps": 200, "n": 8}
 
 
 @pytest.fixture(scope="module")
-def engine_args(tiny_sd_dir, tiny_lora, tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    adapters = {}
-    for seed, name in enumerate(("warm", "small"), start=1):
-        tiny_lora(root / name, seed, 4)
-        adapters[name] = str(root / name)
-    return EngineArgs(base=str(tiny_sd_dir), adapters=adapters)
+def engine_args(tiny_sd_dir, tiny_adapters):
+    return EngineArgs(base=str(tiny_sd_dir), adapters=tiny_adapters)
 
 
 @pytest.fixture(scope="module")
