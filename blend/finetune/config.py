@@ -115,17 +115,6 @@ class TrainConfig(BaseModel):
         """The settings that must be equal for a checkpoint of one run to be continued by another."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in RESUMABLE_KEYS}
 
-    def require_resumable_from(self, facts: dict[str, Any]) -> None:
-        """Raise ResumeError that names the keys in which a checkpoint's settings differ from these."""
-        mine = self.training_facts()
-        keys = sorted(set(mine) | set(facts))
-        differing = [f"{k}: {facts.get(k)!r} -> {mine.get(k)!r}" for k in keys if facts.get(k) != mine.get(k)]
-        if differing:
-            raise ResumeError(
-                f"the checkpoint of {self.name!r} was made with other settings ({'; '.join(differing)}): "
-                "use them again, or train into another directory"
-            )
-
     @classmethod
     def parse(cls, settings: dict[str, Any], *, source: str = "run") -> Self:
         """Validate settings; ConfigError names the source and every offending key."""
@@ -149,6 +138,18 @@ class TrainConfig(BaseModel):
             if isinstance(value, str) and (beside := path.parent / value).exists():
                 settings[key] = str(beside.resolve())
         return cls.parse(settings, source=str(path))
+
+
+def require_resumable(config: TrainConfig, facts: dict[str, Any], base_hash: str | None) -> None:
+    """Raise ResumeError that names the keys in which a checkpoint's settings differ from these."""
+    mine = {**config.training_facts(), "base_hash": base_hash}
+    keys = sorted(set(mine) | set(facts))
+    differing = [f"{k}: {facts.get(k)!r} -> {mine.get(k)!r}" for k in keys if facts.get(k) != mine.get(k)]
+    if differing:
+        raise ResumeError(
+            f"the checkpoint of {config.name!r} was made with other settings ({'; '.join(differing)}): "
+            "use them again, or train into another directory"
+        )
 
 
 def _describe(error: ValidationError, known: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ The trained objective is J = E[r] / s - alpha * KL(path), with s the reward's st
 and alpha = `kl_weight`. A transition's log_prob and KL enter as means over the D latent elements: the policy term
 and the KL term are both 1/D of the gradient of J, so alpha multiplies the path KL in nats (summed over elements
 and steps) whatever D is. KL gradients are taken at the visited states, as in DPOK: the effect of a step on the KL
-of later steps is left out.
+of later steps is left out. The last, all but deterministic steps count in the KL alone (policy.REWARDED_STD).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def transition_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
 
     KL(N(mu, s^2) || N(mu_base, s^2)) = |mu - mu_base|^2 / (2 s^2); std [N] must be positive.
     """
-    return kl_of(mean, base_mean, std) / mean[0].numel()
+    return kl_of(mean, base_mean, std)
 
 
 def dpok_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float) -> Tensor:

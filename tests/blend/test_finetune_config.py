@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from blend.finetune.config import TrainConfig
+from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import ConfigError, ResumeError
 from blend.finetune.prompts import load_prompts
 
@@ -78,13 +78,11 @@ def test_named_sets_do_not_overlap():
 
 def test_resume_names_the_differing_keys():
     config = TrainConfig.parse(MINIMAL)
-    config.require_resumable_from(
-        TrainConfig.parse({**MINIMAL, "iterations": 99, "num_workers": 2}).training_facts()
-    )
-    with pytest.raises(ResumeError, match=r"learning_rate: 0\.5 -> 0\.002; seed: 3 -> 0"):
-        config.require_resumable_from(
-            TrainConfig.parse({**MINIMAL, "seed": 3, "learning_rate": 0.5}).training_facts()
-        )
+    longer = TrainConfig.parse({**MINIMAL, "iterations": 99, "num_workers": 2})
+    require_resumable(config, {**longer.training_facts(), "base_hash": "a"}, "a")
+    other = {**TrainConfig.parse({**MINIMAL, "seed": 3, "learning_rate": 0.5}).training_facts(), "base_hash": "b"}
+    with pytest.raises(ResumeError, match=r"base_hash: 'b' -> 'a'; learning_rate: 0\.5 -> 0\.002; seed: 3 -> 0"):
+        require_resumable(config, other, "a")
 
 
 def test_digest_follows_what_is_trained():
