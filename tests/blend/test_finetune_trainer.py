@@ -178,10 +178,9 @@ def test_a_batch_depends_on_seed_and_iteration_only():
     config = TrainConfig.parse(SETTINGS)
     first = plan_requests(config, TRAIN, 0)
     assert first == plan_requests(TrainConfig.parse({**SETTINGS, "num_workers": 2}), TRAIN, 0)
-    assert [r.seed for r in first] != [r.seed for r in plan_requests(config, TRAIN, 1)]
-    assert [r.seed for r in first] != [
-        r.seed for r in plan_requests(TrainConfig.parse({**SETTINGS, "seed": 1}), TRAIN, 0)
-    ]
+    other_seed = TrainConfig.parse({**SETTINGS, "seed": 1})
+    for other in (plan_requests(config, TRAIN, 1), plan_requests(other_seed, TRAIN, 0)):
+        assert [request.seed for request in first] != [request.seed for request in other]
     assert len({request.seed for request in first}) == len(first)
     assert [request.group for request in first] == [0, 0, 0, 1, 1, 1]
     held_out = plan_held_out(config, HELD_OUT)

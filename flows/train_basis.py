@@ -1,0 +1,111 @@
+"""Flow: fine-tune one basis adapter for one reward and publish it. A retry resumes, and never publishes twice."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from blend.finetune.config import TrainConfig
+from blend.finetune.errors import FinetuneError
+from infra.manifests import AdapterRecord
+from workers.training import FitResult
+
+
+@flow(name="train-basis", flow_run_name="train-{run}")
+def train_basis(
+    run: dict[str, Any] | str, store_url: str | None = None, output_dir: str | None = None
+) -> dict[str, Any]:
+    """Train what `run` describes (settings, or the path of a run file) and return the published record.
+
+    output_dir keeps checkpoints and results (default: a directory of this run in the cache, so that it can resume).
+    """
+    config = validate_run(run, store_url)
+    result = fit(config, output_dir)
+    record = publish(config, result, store_url)
+    report(config, result, record)
+    return record.model_dump(mode="json")
+
+
+@task
+def validate_run(run: dict[str, Any] | str, store_url: str | None) -> TrainConfig:
+    """The run's settings, after everything that could fail later was looked at: reward, prompts, base, store."""
+    from workers.publishing import check_store
+    from workers.training import TrainJob
+
+    config = TrainConfig.parse(run) if isinstance(run, dict) else TrainConfig.from_toml(run)
+    TrainJob.prepare(config)
+    check_store(store_url)
+    return config
+
+
+def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, FinetuneError)
+
+
+@task(retries=1, retry_delay_seconds=5, retry_condition_fn=_is_transient)
+def fit(config: TrainConfig, output_dir: str | None) -> FitResult:
+    """Train on Ray, showing progress as it goes."""
+    from workers.publishing import run_directory
+    from workers.training import fit_basis
+
+    logger = get_run_logger()
+    description = f"{config.name}: {config.iterations} iterations toward {config.reward}"
+    artifact = create_progress_artifact(progress=0.0, key=artifact_key(config, "progress"), description=description)
+
+    def show(metrics: dict[str, Any]) -> None:
+        update_progress_artifact(artifact, progress=100.0 * metrics["iteration"] / metrics["iterations"])
+        logger.info(progress_line(config, metrics))
+
+    directory = Path(output_dir) if output_dir else run_directory(config)
+    result = fit_basis(config, output_dir=directory, on_progress=show)
+    update_progress_artifact(artifact, progress=100.0)
+    return result
+
+
+@task(retries=3, retry_delay_seconds=[2, 10, 30])
+def publish(config: TrainConfig, result: FitResult, store_url: str | None) -> AdapterRecord:
+    """Register the adapter; publishing the same run again gives the version that is already there."""
+    from workers.publishing import publish_fit
+
+    record = publish_fit(config, result, store_url, run_ids={"prefect": str(runtime.flow_run.id)})
+    get_run_logger().info("published %s", record.ref)
+    return record
+
+
+@task
+def report(config: TrainConfig, result: FitResult, record: AdapterRecord) -> None:
+    """Metrics as a table; gain, curve and samples as markdown."""
+    from workers.training_report import markdown_report
+
+    columns = ("iteration", "reward_mean", "reward_ci", "path_kl", "held_out_mean", "held_out_path_kl", "seconds")
+    table = [{key: metrics.get(key) for key in columns} for metrics in result.metrics]
+    create_table_artifact(table=table, key=artifact_key(config, "metrics"), description=f"Metrics of {record.ref}")
+    create_markdown_artifact(
+        markdown=markdown_report(config, result.metrics, record.ref, result.curve_png, result.samples_png),
+        key=artifact_key(config, "report"),
+        description=f"How {record.ref} was trained",
+    )
+
+
+def artifact_key(config: TrainConfig, kind: str) -> str:
+    """Prefect allows lower-case letters, digits and dashes."""
+    return f"train-{config.name}-{kind}".replace("_", "-").replace(".", "-")
+
+
+def progress_line(config: TrainConfig, metrics: dict[str, Any]) -> str:
+    """One iteration in words."""
+    parts = [f"{config.name} {metrics['iteration']}/{metrics['iterations']}"]
+    if "reward_mean" in metrics:
+        parts.append(
+            f"reward {metrics['reward_mean']:.3f} ± {metrics['reward_ci']:.3f}, KL {metrics['path_kl']:.1f} nats"
+        )
+    if "held_out_mean" in metrics:
+        parts.append(f"held out {metrics['held_out_mean']:.3f} ± {metrics['held_out_ci']:.3f}")
+    return ", ".join(parts)

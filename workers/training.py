@@ -1,0 +1,216 @@
+"""fit_basis: train one basis adapter with Ray Train, or in this process when `num_workers` is 0."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from tqdm.auto import tqdm
+
+from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state
+from blend.finetune.config import TrainConfig, require_resumable
+from blend.finetune.errors import ConfigError
+from blend.finetune.loop import run_training
+from blend.finetune.prompts import load_prompts
+from blend.finetune.trainer import Metrics, Trainer
+from blend.finetune.workgroup import Workgroup
+from blend.model import load_model, model_hash
+from blend.rewards import RewardError, load_reward
+from workers.bundles import resolve_base
+from workers.training_report import draw_curve, draw_sheet, write_card
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrainJob(BaseModel):
+    """What every worker gets: settings and prompts, so that prompt files are needed on the driver alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: TrainConfig
+    prompts: tuple[str, ...]
+    held_out_prompts: tuple[str, ...]
+    base_hash: str
+
+    @classmethod
+    def prepare(cls, config: TrainConfig) -> "TrainJob":
+        """Check everything a run needs before any work; ConfigError, ModelError or RewardError otherwise."""
+        try:
+            load_reward(config.reward)
+        except RewardError as error:
+            raise ConfigError(f"reward is {config.reward!r}: {error}") from None
+        prompts = load_prompts(config.prompts, key="prompts")
+        held_out = load_prompts(config.held_out_prompts, key="held_out_prompts")
+        if shared := sorted(set(prompts) & set(held_out)):
+            raise ConfigError(
+                f"held_out_prompts share {len(shared)} prompts with prompts, first {shared[0]!r}: remove them"
+            )
+        base_hash = model_hash(resolve_base(config.base_model))
+        return cls(config=config, prompts=prompts, held_out_prompts=held_out, base_hash=base_hash)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that change with anything that decides the result: settings, prompts, base, reward, version."""
+        facts = [
+            self.config.digest,
+            self.prompts,
+            self.held_out_prompts,
+            self.base_hash,
+            load_reward(self.config.reward).version,
+            version("diffusion-blend"),
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def trainer(self, device: str = "cpu", workgroup: Workgroup | None = None) -> Trainer:
+        """A fresh trainer of this job on a device."""
+        model = load_model(resolve_base(self.config.base_model), device=device, dtype=DTYPES[self.config.dtype])
+        return Trainer(
+            self.config,
+            model,
+            load_reward(self.config.reward),
+            self.prompts,
+            self.held_out_prompts,
+            workgroup,
+            base_hash=self.base_hash,
+        )
+
+
+class FitResult(BaseModel):
+    """A trained adapter and how it got there; paths are on the driver's disk."""
+
+    model_config = ConfigDict(frozen=True)
+
+    adapter_dir: Path  # weights, model card, metrics, curve and sample sheet: what is published
+    metrics: list[dict[str, Any]]  # one per iteration, number 0 being the base
+    base_mean: float  # held-out reward of the base
+    tuned_mean: float
+    base_std: float
+    path_kl: float  # of the held-out images, in nats
+    curve_png: Path
+    samples_png: Path
+    metrics_jsonl: Path
+
+
+def fit_basis(
+    config: TrainConfig,
+    *,
+    output_dir: str | Path,
+    storage_path: str | Path | None = None,
+    on_progress: Callable[[Metrics], None] | None = None,
+    show_bar: bool = True,
+) -> FitResult:
+    """Train, then write the adapter's directory; called again with the same arguments it resumes or returns.
+
+    storage_path holds the checkpoints (default output_dir/checkpoints) and must be visible to all nodes when
+    there are several. on_progress runs in the calling thread with each iteration's metrics.
+    """
+    output_dir = Path(output_dir).resolve()
+    job = TrainJob.prepare(config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    storage = Path(storage_path).resolve() if storage_path is not None else output_dir / "checkpoints"
+    with ProgressLog(config, output_dir / "metrics.jsonl", on_progress, show_bar) as log:
+        if config.num_workers == 0:
+            checkpoint = fit_in_process(job, storage, log)
+        else:
+            from workers.training_ray import fit_on_ray
+
+            checkpoint = fit_on_ray(job, storage, log)
+    return write_result(job, checkpoint, output_dir)
+
+
+def fit_in_process(
+    job: TrainJob,
+    storage: Path,
+    on_metrics: Callable[[Metrics], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Train here, from the newest checkpoint in `storage` if there is one; returns the last checkpoint."""
+    folder = CheckpointFolder(storage)
+    device = "cuda" if job.config.use_gpu else "cpu"
+    if job.config.use_gpu and not torch.cuda.is_available():
+        raise ConfigError("use_gpu is true: this machine has no CUDA device; set it to false")
+    latest = folder.latest()
+    state = read_state(latest) if latest else None
+    if state is not None:
+        require_resumable(job.config, state["settings"], job.base_hash)
+    if latest and state is not None and state["iteration"] >= job.config.iterations:
+        return latest
+    trainer = job.trainer(device)
+    if state is not None:
+        trainer.load_state_dict(state)
+    run_training(trainer, save=folder.save, on_metrics=on_metrics, should_stop=should_stop)
+    newest = folder.latest()
+    assert newest is not None
+    return newest
+
+
+class ProgressLog:
+    """Shows each iteration as it arrives: a line of JSON, the terminal bar, and the caller's callback."""
+
+    def __init__(
+        self, config: TrainConfig, path: Path, on_progress: Callable[[Metrics], None] | None, show_bar: bool
+    ) -> None:
+        self._path = path
+        self._on_progress = on_progress
+        self._held_out = ""
+        self._bar = tqdm(total=config.iterations, desc=f"train {config.name}", unit="it", disable=not show_bar)
+        self._bar.set_postfix_str("scoring the base on held-out prompts")
+
+    def __enter__(self) -> "ProgressLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, metrics: Metrics) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if "held_out_mean" in metrics:
+            self._held_out = f" held-out {metrics['held_out_mean']:.3f}±{metrics['held_out_ci']:.3f}"
+        rolled = ""
+        if "reward_mean" in metrics:
+            rolled = (
+                f"reward {metrics['reward_mean']:.3f}±{metrics['reward_ci']:.3f} "
+                f"KL {metrics['path_kl']:.1f} {metrics['images_per_second']:.1f} images/s"
+            )
+        self._bar.set_postfix_str(rolled + self._held_out)
+        self._bar.update(metrics["iteration"] - self._bar.n)
+        if self._on_progress is not None:
+            self._on_progress(metrics)
+
+
+def write_result(job: TrainJob, checkpoint: Path, output_dir: Path) -> FitResult:
+    """Turn the last checkpoint into the adapter's directory, written beside and renamed."""
+    state = read_state(checkpoint)
+    history: list[Metrics] = state["history"]
+    final = output_dir / "adapter"
+    partial = output_dir / f".adapter-{threading.get_ident()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shutil.copy2(checkpoint / ADAPTER_FILE, partial / ADAPTER_FILE)
+    lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
+    (partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    (output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    draw_curve(job.config, history, partial / "curve.png")
+    draw_sheet(state["sheets"]["base"], state["sheets"]["tuned"], partial / "samples.png")
+    write_card(job.config, job.prompts, job.held_out_prompts, history, partial / "README.md")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    tuned = [metrics for metrics in history if "held_out_mean" in metrics][-1]
+    return FitResult(
+        adapter_dir=final,
+        metrics=history,
+        base_mean=history[0]["held_out_mean"],
+        base_std=history[0]["held_out_std"],
+        tuned_mean=tuned["held_out_mean"],
+        path_kl=tuned["held_out_path_kl"],
+        curve_png=final / "curve.png",
+        samples_png=final / "samples.png",
+        metrics_jsonl=final / "metrics.jsonl",
+    )
