@@ -6,9 +6,11 @@ a diffusion model may use them as they are and small errors decode to small erro
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +36,20 @@ def build_codec(latent_channels: int = LATENT_CHANNELS, width: int = 32) -> Auto
         latent_channels=latent_channels,
         scaling_factor=1.0,
     )
+
+
+def save_codec(codec: AutoencoderTiny, directory: Path) -> None:
+    """Write the autoencoder in diffusers' format."""
+    codec.save_pretrained(directory)
+    drop_unknown_key(directory)
+
+
+def drop_unknown_key(directory: Path) -> None:
+    """diffusers writes block_out_channels into an AutoencoderTiny's config and warns of it on reading."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def render_batch(count: int, rng: random.Random, *, pair_share: float = 0.5) -> Tensor:

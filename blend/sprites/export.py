@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from blend.sprites.captions import COLOURS, OBJECTS, held_out_pair_prompts, held_out_prompts
+from blend.sprites.codec import drop_unknown_key
 from blend.sprites.judge import Judge
 from blend.sprites.pretrain import Pretrainer, build_scheduler
 
@@ -36,7 +36,7 @@ def export_base(trainer: Pretrainer, codec: AutoencoderTiny, directory: Path) ->
     )
     pipeline.to(torch.float16)
     pipeline.save_pretrained(directory)
-    _drop_unknown_key(directory / "vae" / "config.json")
+    drop_unknown_key(directory / "vae")
     return load_base(directory)
 
 
@@ -120,10 +120,3 @@ def sheet_prompts() -> list[str]:
 
 def _share(right: Tensor) -> float:
     return round(float(right.float().mean()), 4)
-
-
-def _drop_unknown_key(path: Path) -> None:
-    """diffusers writes block_out_channels for AutoencoderTiny and warns of it on reading."""
-    config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
-    path.write_text(json.dumps(config, indent=2) + "\n")

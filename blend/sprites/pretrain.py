@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from blend.sprites.captions import sample_things, write_caption
-from blend.sprites.codec import LATENT_CHANNELS, build_codec, train_codec
+from blend.sprites.codec import LATENT_CHANNELS, build_codec, save_codec, train_codec
 from blend.sprites.scene import SIZE, render_things
 from blend.sprites.tokenizer import MAX_TOKENS, write_tokenizer
 
@@ -104,7 +104,7 @@ def prepare_codec(plan: PretrainPlan, work: Path, progress: Progress) -> Autoenc
         on_step=lambda step, loss: progress("codec", step + 1, plan.codec_steps, loss),
     )
     (work / "codec.json").write_text(json.dumps({"psnr_db": psnr, "steps": plan.codec_steps}))
-    codec.save_pretrained(directory)
+    save_codec(codec, directory)
     return codec
 
 
@@ -121,7 +121,7 @@ def refine_decoder(plan: PretrainPlan, work: Path, codec: AutoencoderTiny, progr
         on_step=lambda step, loss: progress("decoder", step + 1, plan.decoder_steps, loss),
     )
     (work / "decoder.json").write_text(json.dumps({"psnr_db": psnr, "steps": plan.decoder_steps}))
-    codec.save_pretrained(directory)
+    save_codec(codec, directory)
     return codec
 
 
