@@ -1,0 +1,6 @@
+"""Evaluation of a bundle: a grid of preferences x methods, scored on held-out prompts with the serving engine."""
+
+from workers.evaluation.config import EvaluateConfig, EvaluationError
+from workers.evaluation.evaluate import EvaluationResult, Plan, Progress, evaluate, plan
+
+__all__ = ["EvaluateConfig", "EvaluationError", "EvaluationResult", "Plan", "Progress", "evaluate", "plan"]

@@ -41,7 +41,7 @@ class EvaluateConfig(BaseModel):
     bundle: str = "sprites@champion"
     # Held-out prompts: a list, the path of a text file with one per line, or "sprites-test".
     prompts: tuple[str, ...] | str = SPRITES_TEST
-    # Use only the first so many prompts (None: all of them; "sprites-test" then gives 24).
+    # Use only the first so many prompts; None: all of them, or 24 of "sprites-test".
     num_prompts: int | None = Field(None, ge=1)
     # Seeds, the same for every prompt and method; a number n stands for 0 .. n-1.
     seeds: Annotated[tuple[int, ...], BeforeValidator(_counted)] = (0, 1, 2, 3)
@@ -61,10 +61,12 @@ class EvaluateConfig(BaseModel):
     kl_methods: tuple[str, ...] = ("mpa",)
     # ... and whether at every preference (true) or at equal weights and single adapters only.
     kl_everywhere: bool = False
-    # Sampler, as in `generate`.
-    num_inference_steps: int = Field(20, ge=1, le=1000)
-    guidance_scale: float = Field(3.0, ge=0, le=50)
+    # Sampler steps and guidance; None: the bundle's own defaults.
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=50)
+    # Noise of the sampler, from 0 (deterministic) to 1; method ls needs more than 0.
     eta: float = Field(1.0, ge=0, le=1)
+    # Size of the images in pixels; None: the bundle's, or else the model's own.
     height: int | None = Field(None, ge=8)
     width: int | None = Field(None, ge=8)
     # Measure the path KL to the base as well; costs the base's rows where the blend does not use them.

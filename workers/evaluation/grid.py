@@ -29,7 +29,7 @@ class Cell:
     def preference(self, basis: Sequence[str]) -> Preference:
         """What the engine is asked for."""
         if self.method == BASE:
-            return Preference.parse({basis[0]: 1.0}, kl_lambda=0.0, basis=basis)
+            return Preference.base()
         named = dict(zip(basis, self.weights, strict=True))
         method = "mpa" if self.method == ADAPTER else self.method
         return Preference.parse(named, kl_lambda=self.kl_lambda, method=method, basis=basis)

@@ -64,7 +64,7 @@ def number(value: float, digits: int = 3) -> str:
     if value != value:
         return "–"
     magnitude = abs(value)
-    decimals = 0 if magnitude >= 1000 else 1 if magnitude >= 100 else 2 if magnitude >= 10 else digits
+    decimals = min(digits, 0 if magnitude >= 1000 else 1 if magnitude >= 100 else 2 if magnitude >= 10 else digits)
     return f"{value:,.{decimals}f}".replace("-", "−")
 
 

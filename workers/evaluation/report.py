@@ -105,8 +105,9 @@ def lede(analysis: Analysis) -> list[str]:
         ]
     first = overall.iloc[0]
     sentences = [
-        f"{method_label(first['method'])} keeps {percent(first['share'])} of the gains that the adapters make one by one "
-        f"({span_percent(first['share_low'], first['share_high'])}), over {_count(first['preferences'], 'mix', 'mixes')}; "
+        f"{method_label(first['method'])} keeps {percent(first['share'])} of the gains that the adapters make one by "
+        f"one ({span_percent(first['share_low'], first['share_high'])}), over "
+        f"{_count(first['preferences'], 'mix', 'mixes')}; "
         f"serving one adapter per image at random would keep {percent(first['switch_share'])}."
     ]
     rivals = [_against(row) for row in overall.iloc[1:].to_dict("records")]
@@ -163,7 +164,7 @@ def _cards(analysis: Analysis) -> list[Row]:
     value = " · ".join(f"{cost:.2g}×" for cost in costs)
     names = " · ".join(method_label(str(method)).split(" (")[0] for method in costs.index)
     if value:
-        cards.append({"name": "Cost of a base image", "value": value, "span": names})
+        cards.append({"name": "Cost, a base image being 1×", "value": value, "span": names})
     return cards
 
 
@@ -217,7 +218,7 @@ def _methods(analysis: Analysis) -> list[Row]:
                 else _measured("× 1"),
                 "rows": number(cells["rows"].mean(), 0),
                 "seconds": number(cells["seconds"].mean(), 2),
-                "about": EXPLANATIONS.get(name, ""),
+                "about": EXPLANATIONS.get(name, "With λ as a second dial." if ", " in name else ""),
             }
         )
     return rows
@@ -235,6 +236,8 @@ def _members(analysis: Analysis, front: str) -> Any:
 def _share(row: Any) -> Row:
     if row is None or row["share"] != row["share"]:
         return _measured("–")
+    if row["share_low"] == row["share_high"]:
+        return _measured(percent(row["share"]))
     return _measured(percent(row["share"]), span_percent(row["share_low"], row["share_high"]))
 
 

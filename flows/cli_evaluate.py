@@ -1,0 +1,68 @@
+"""Verb `evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(evaluate)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="Run file, as in infra/runs/evaluate_*.toml.")],
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", metavar="NAME@ALIAS", help="Bundle instead of the run file's.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the files go; default: the cache.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=0, metavar="N", help="Ray workers instead of the run file's; 0: none."),
+    ] = None,
+    store: Annotated[bool, typer.Option("--store/--no-store", help="Keep the result in the store.")] = True,
+    store_url: Annotated[str | None, typer.Option("--store-url", help="Registry; default: the settings.")] = None,
+) -> None:
+    """Score a grid of preferences and methods on held-out prompts and write a report."""
+    from workers.evaluation.config import EvaluateConfig
+
+    config = EvaluateConfig.from_toml(run)
+    asked = {"bundle": bundle, "num_workers": workers}
+    config = config.model_copy(update={key: value for key, value in asked.items() if value is not None})
+    typer.echo(f"Checking {run} against {config.bundle} ...", err=True)
+
+    from workers.evaluation import evaluate as run_evaluation
+    from workers.evaluation.files import REPORT, files_in
+    from workers.evaluation.storing import (
+        evaluation_store,
+        headline,
+        is_complete,
+        prepare,
+        restore,
+        run_directory,
+        upload,
+    )
+
+    planned = prepare(config, store_url)
+    target = evaluation_store(store_url) if store else None
+    if target is not None:
+        target.probe()
+    directory = output or run_directory(planned)
+    if target is not None and restore(planned, directory, target):
+        typer.echo("This evaluation was done before; fetched it from the store.", err=True)
+    else:
+        if not is_complete(planned, directory):
+            job = planned.job
+            typer.echo(
+                f"{len(job.cells)} settings x {len(job.prompts)} prompts x {len(job.config.seeds)} seeds; "
+                f"files go to {directory}",
+                err=True,
+            )
+            run_evaluation(planned, directory)
+        if target is not None:
+            typer.echo(f"Stored in {upload(planned, files_in(directory), target)}", err=True)
+    for sentence in headline(directory):
+        typer.echo(sentence)
+    typer.echo(f"Report: {directory / REPORT}")
