@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -101,6 +102,8 @@ def run_pipeline(parameters: Mapping[str, Any], directory: Path) -> dict[str, An
         except BaseException as error:
             (directory / "error.log").write_text(traceback.format_exc())
             outcome["error"] = error
+        finally:
+            flush_logs()
 
     thread = threading.Thread(target=work, daemon=True, name="full-pipeline")
     thread.start()
@@ -110,11 +113,19 @@ def run_pipeline(parameters: Mapping[str, Any], directory: Path) -> dict[str, An
         show_steps(shown)
     if error := outcome.get("error"):
         where = f"after step {shown[-1]!r}" if shown else "before its first step"
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
-            f"the demo failed {where}: {error}. See {directory / 'error.log'} and /tmp/ray/session_latest/logs; "
+            f"the demo failed {where}: {first_line} See {directory / 'error.log'} and /tmp/ray/session_latest/logs; "
             "then run it again, it starts afresh"
         ) from error
     return outcome["result"]
+
+
+def flush_logs() -> None:
+    """Send what Prefect still holds back while its server is there."""
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler.flush()
 
 
 def show_steps(shown: list[str]) -> None:
@@ -130,8 +141,9 @@ def show_steps(shown: list[str]) -> None:
         # the steps are a courtesy: a busy server must not end the demo
         return
     for run in runs:
-        name = run.name.rsplit("-", 1)[0] if run.name.rsplit("-", 1)[-1].isalnum() else run.name
-        if name not in shown:
+        # a subflow has a task run of its own, named by a UUID; other names end in three random characters
+        name = re.sub(r"-[0-9a-z]{3}$", "", run.name)
+        if name not in shown and not re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-", name):
             shown.append(name)
             tqdm.write(f"{datetime.now():%H:%M:%S}  {name}")
 

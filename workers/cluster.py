@@ -32,7 +32,7 @@ def ray_session(num_cpus: int | None = None, num_gpus: int | None = None) -> Ite
     # Ray's token authentication is on by default and says so, as a warning, each time it starts.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     else:
         ray.init(
             address="local",
@@ -40,6 +40,8 @@ def ray_session(num_cpus: int | None = None, num_gpus: int | None = None) -> Ite
             num_gpus=num_gpus,
             include_dashboard=False,
             logging_level=logging.WARNING,
+            # workers report through actors and exceptions; what they print stays in Ray's session directory
+            log_to_driver=False,
         )
     try:
         yield ray.get_runtime_context().gcs_address

@@ -1,0 +1,91 @@
+"""infra/prefect.yaml on a real Prefect server: the README's commands register it, a worker runs a deployment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.local_services import prefect_server, prefect_worker
+
+ROOT = Path(__file__).parents[2]
+NAMES = {"train-basis", "evaluate-blend", "deploy-blend", "full-pipeline"}
+BIN = Path(sys.executable).parent
+
+
+def prefect(environment: dict[str, str], *arguments: str, timeout: float = 500) -> str:
+    done = subprocess.run(
+        [str(BIN / "prefect"), "--no-prompt", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """A server that has the work pool and all deployments; yields its home and environment."""
+    home = tmp_path_factory.mktemp("prefect")
+    with prefect_server(home) as environment:
+        prefect(environment, "work-pool", "create", "blend", "--type", "process")
+        prefect(environment, "deploy", "--all", "--prefect-file", "infra/prefect.yaml")
+        yield home, environment
+
+
+def inspect(environment: dict[str, str], name: str) -> dict:
+    return json.loads(prefect(environment, "deployment", "inspect", f"{name}/{name}", "-o", "json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_deployment_is_registered_by_module_path(deployed, name):
+    _, environment = deployed
+    facts = inspect(environment, name)
+    assert facts["entrypoint"] == "flows.{0}.{0}".format(name.replace("-", "_"))
+    assert facts["work_pool_name"] == "blend"
+    assert facts["parameter_openapi_schema"]["properties"]
+
+
+@pytest.mark.slow
+def test_only_the_evaluation_is_scheduled(deployed):
+    _, environment = deployed
+    schedules = {name: inspect(environment, name)["schedules"] for name in NAMES}
+    [schedule] = schedules.pop("evaluate-blend")
+    assert schedule["schedule"]["cron"] == "0 4 * * *"
+    assert schedule["active"]
+    assert not any(schedules.values())
+
+
+@pytest.mark.slow
+def test_a_worker_trains_an_adapter_on_request(deployed, tmp_path, tiny_sd_dir):
+    home, environment = deployed
+    run = {
+        "name": "tiny-colour",
+        "base_model": str(tiny_sd_dir),
+        "reward": "colourfulness",
+        "prompts": ["A red car.", "A blue cup."],
+        "held_out_prompts": ["A green cup."],
+        "iterations": 1,
+        "prompts_per_iteration": 2,
+        "images_per_prompt": 2,
+        "num_inference_steps": 3,
+        "train_steps_per_sample": 1,
+        "held_out_images": 2,
+        "num_workers": 0,
+    }
+    store = tmp_path / "store"
+    parameters = {"run": run, "store_url": f"file://{store}", "output_dir": str(tmp_path / "run")}
+    with prefect_worker("blend", home, environment):
+        prefect(
+            environment, "deployment", "run", "train-basis/train-basis", "--watch", "--params", json.dumps(parameters)
+        )
+    manifest = json.loads((store / "adapters/tiny-colour/versions/000001.json").read_text())
+    assert manifest["reward"] == "colourfulness"
+    assert manifest["run_ids"]["prefect"]
