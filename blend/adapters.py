@@ -86,7 +86,8 @@ class AdapterBank:
     ) -> list[nn.Parameter]:
         """Add a fresh float32 adapter and return its parameters, A and B by turns.
 
-        A is drawn Kaiming-uniform under `seed`, B = 0. alpha defaults to rank, which makes the scale 1. target_modules are suffixes of layer names.
+        A is drawn Kaiming-uniform under `seed`, B = 0. alpha defaults to rank, which makes the scale 1.
+        target_modules are suffixes of layer names.
         """
         self._check_new(name)
         if rank < 1:

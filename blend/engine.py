@@ -3,9 +3,9 @@
 Samples join and leave between any two steps. A step plans one row per (sample, source with a coefficient that is not 0,
 conditional or not), runs all rows in a few tiles, sums them per sample and steps every sample at once.
 
-What is guaranteed: a sample's noise depends on (seed, step) alone, and its result on its neighbours by float32 rounding
-only (1e-5). With deterministic=True every forward has exactly tile_rows rows, and on a CPU with one torch thread
-a sample is bit-identical alone and in any company.
+What is guaranteed: a sample's noise depends on (seed, step) alone, and its result on its neighbours by rounding only
+(in float32 within 1e-5 of its largest latent). With deterministic=True every forward has exactly tile_rows rows, and on
+a CPU with one torch thread a sample's latents are bit-identical alone and in any company.
 
 Not thread-safe: one thread submits, steps and aborts.
 """
@@ -64,7 +64,7 @@ class BlendEngine:
     def submit(self, sample: Sample) -> int:
         """Check the sample, queue it and return its ticket.
 
-        Raises SampleError, PreferenceError or ModelError (all ValueErrors) naming the field.
+        Raises SampleError or PreferenceError (both ValueErrors), whose `param` names the field.
         """
         running = start(next(self._tickets), sample, self.model, self.bank.names)
         self._waiting.append(running)

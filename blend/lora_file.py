@@ -22,7 +22,9 @@ from torch import Tensor
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 BASE_HASH_KEY = "base_model_hash"
-_FACTOR = re.compile(r"(?P<layer>.+?)(?:\.processor)?\.lora(?:_|\.)(?P<side>A|B|down|up)\.weight$")
+_FACTOR = re.compile(r"(?P<layer>.+?)\.lora(?:_|\.)(?P<side>A|B|down|up)\.weight$")
+# attention layers as attention processors once named them; diffusers' kohya converter still does
+_PROCESSOR_FACTOR = re.compile(r"(?P<layer>.+)\.processor\.(?P<to>to_\w+)_lora\.(?P<side>down|up)\.weight$")
 _UNSUPPORTED = {
     "lora_magnitude_vector": "a DoRA magnitude",
     "dora_scale": "a DoRA magnitude",
@@ -133,12 +135,24 @@ def _from_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_alphas(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    alphas = {
-        key.removesuffix(".alpha").removeprefix("unet."): float(value)
-        for key, value in tensors.items()
-        if key.endswith(".alpha")
-    }
+    alphas = {}
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        name = key.removesuffix(".alpha")
+        layer, _ = _parse(name) or (name.removeprefix("unet."), "")
+        alphas[layer] = float(tensors[key])
     return {key: value for key, value in tensors.items() if not key.endswith(".alpha")}, alphas
+
+
+def _parse(key: str) -> tuple[str, str] | None:
+    """Return (layer, "down" | "up") of a factor's key."""
+    old = _PROCESSOR_FACTOR.match(key)
+    if old:
+        to = "to_out.0" if old["to"] == "to_out" else old["to"]
+        return f"{old['layer']}.{to}".removeprefix("unet."), old["side"]
+    match = _FACTOR.match(key)
+    if match is None:
+        return None
+    return match["layer"].removeprefix("unet."), "down" if match["side"] in ("A", "down") else "up"
 
 
 def _pair_factors(tensors: dict[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -147,14 +161,14 @@ def _pair_factors(tensors: dict[str, Tensor], file: Path) -> dict[str, tuple[Ten
         for part, meaning in _UNSUPPORTED.items():
             if part in key:
                 raise AdapterError(f"{file}: {key} is {meaning}, which is not supported: use a plain LoRA adapter")
-        match = _FACTOR.match(key)
-        if match is None or key.startswith("text_encoder"):
+        parsed = _parse(key)
+        if parsed is None or key.startswith("text_encoder"):
             raise AdapterError(
                 f"{file}: {key} is no LoRA factor of a UNet layer: use an adapter trained on the UNet alone, with keys"
                 " such as unet.<layer>.lora_A.weight"
             )
-        side = "down" if match["side"] in ("A", "down") else "up"
-        halves.setdefault(match["layer"].removeprefix("unet."), {})[side] = tensor
+        layer, side = parsed
+        halves.setdefault(layer, {})[side] = tensor
     if not halves:
         raise AdapterError(f"{file} holds no LoRA factors: use a file with keys such as unet.<layer>.lora_A.weight")
     for layer, sides in halves.items():

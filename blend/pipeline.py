@@ -72,6 +72,8 @@ class DiffusionBlendPipeline:
         work, and DenoisingError when a sample stops being finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("prompt is an empty list: give at least one prompt")
         if weights is None:
             preference = Preference.base()
         else:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from blend.mixing import draw_ls_schedule, guidance_coefficients
-from blend.model import DiffusionModel
+from blend.model import DiffusionModel, ModelError
 from blend.preference import Preference
 
 
@@ -198,10 +199,14 @@ class Running:
 def start(ticket: int, sample: Sample, model: DiffusionModel, basis: Sequence[str]) -> Running:
     """Check a sample against the model and basis and set it on its way."""
     _check(sample)
-    timesteps, prev_timesteps = model.timesteps(sample.num_inference_steps)
     height = model.default_height if sample.height is None else sample.height
     width = model.default_width if sample.width is None else sample.width
-    shape = model.latents_shape(height, width)
+    try:
+        timesteps, prev_timesteps = model.timesteps(sample.num_inference_steps)
+        shape = model.latents_shape(height, width)
+    except ModelError as error:
+        # the model's message starts with the field it is about
+        raise SampleError(str(error), str(error).split()[0]) from error
     plan = plan_rows(sample, basis, len(timesteps))
     embeds = model.encode_prompts([sample.negative_prompt, sample.prompt])
     generator = torch.Generator().manual_seed(sample.seed)
@@ -227,6 +232,10 @@ def _check(sample: Sample) -> None:
             raise SampleError(f"{name} is {getattr(sample, name)!r}: use a string", name)
     if isinstance(sample.seed, bool) or not isinstance(sample.seed, int) or not 0 <= sample.seed < 2**63:
         raise SampleError(f"seed is {sample.seed!r}: use an integer from 0 to 2^63 - 1", "seed")
+    for name in ("guidance_scale", "eta"):
+        value = getattr(sample, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise SampleError(f"{name} is {value!r}: use a number", name)
     if not (math.isfinite(sample.guidance_scale) and sample.guidance_scale >= 0):
         raise SampleError(
             f"guidance_scale is {sample.guidance_scale}: use a finite number >= 0 (1 is no guidance)", "guidance_scale"
