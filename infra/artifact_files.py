@@ -79,13 +79,16 @@ def check_content(path: Path, name: str | None = None) -> None:
         raise UnsafeFileError(f"{path}: files of type {suffix or 'none'!r} are refused: {_REMEDY}")
     with path.open("rb") as file:
         start = file.read(8)
-    if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+    pickled = start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"
+    # The length that opens a safetensors file may begin with the byte of a pickle: its structure decides first.
+    problem = _safetensors_problem(path) if suffix in WEIGHT_SUFFIXES else None
+    if pickled and (problem or suffix not in WEIGHT_SUFFIXES):
         raise UnsafeFileError(f"{path}: the content is a pickle or an archive, despite its name: {_REMEDY}")
-    if suffix in WEIGHT_SUFFIXES:
-        _check_safetensors(path)
-    elif suffix in IMAGE_SUFFIXES and start != b"\x89PNG\r\n\x1a\n":
+    if problem:
+        raise UnsafeFileError(f"{path}: not a safetensors file: {problem}. Save it again with safetensors")
+    if suffix in IMAGE_SUFFIXES and start != b"\x89PNG\r\n\x1a\n":
         raise UnsafeFileError(f"{path}: the content is not a PNG image: {_REMEDY}")
-    elif suffix in TEXT_SUFFIXES:
+    if suffix in TEXT_SUFFIXES:
         _check_text(path)
 
 
@@ -101,34 +104,30 @@ def _check_text(path: Path) -> None:
         raise UnsafeFileError(f"{path}: the content is not UTF-8 text: {_REMEDY}")
 
 
-def _check_safetensors(path: Path) -> None:
+def _safetensors_problem(path: Path) -> str | None:
     """The header must be small, be JSON, and account for every byte that follows: nothing hides behind it."""
-
-    def refuse(problem: str) -> UnsafeFileError:
-        return UnsafeFileError(f"{path}: not a safetensors file: {problem}. Save it again with safetensors")
-
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise refuse(f"the header claims {length} bytes in a file of {size}")
+            return f"the header claims {length} bytes in a file of {size}"
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        tensors = {name: header[name] for name in header if name != "__metadata__"}
-        spans = [_span(tensor) for tensor in tensors.values()]
+        spans = [_span(header[name]) for name in header if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise refuse(f"unreadable header ({error})") from None
+        return f"unreadable header ({error})"
     if not 1 <= len(spans) <= MAX_TENSORS:
-        raise refuse(f"{len(spans)} tensors, allowed are 1 to {MAX_TENSORS}")
+        return f"{len(spans)} tensors, allowed are 1 to {MAX_TENSORS}"
     end = 0
     for begin, stop in sorted(spans):
         if begin != end:
-            raise refuse(f"tensors leave a gap or overlap at byte {begin}")
+            return f"tensors leave a gap or overlap at byte {begin}"
         end = stop
     if end != size - 8 - length:
-        raise refuse(f"tensors end at byte {end}, the data at byte {size - 8 - length}")
+        return f"tensors end at byte {end}, the data at byte {size - 8 - length}"
+    return None
 
 
 def _span(tensor: dict[str, Any]) -> tuple[int, int]:

@@ -147,7 +147,7 @@ class LocalStore(Store):
             yield
         except FileNotFoundError:
             raise ObjectMissingError(f"{where} does not exist") from None
-        except (PermissionError, NotADirectoryError) as error:
+        except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
             raise StoreAccessError(
                 f"{where} is not accessible: {error.strerror}. Change its permissions, or choose another "
                 "directory with DIFFUSION_BLEND_STORE_URL"

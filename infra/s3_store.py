@@ -109,8 +109,10 @@ class S3Store(Store):
     def list(self, prefix: str) -> list[str]:
         with self._errors(prefix):
             found = self._wait(self._fs._find, self._key(prefix, bucket=True), refresh=True)
-        skip = len(self._key("", bucket=True).rstrip("/")) + 1
-        return sorted(str(name)[skip:] for name in found)
+        skip = len(self._key("", bucket=True)) + 1
+        # Some servers answer with a folder that was emptied, as if it were an object.
+        inside = f"{prefix.rstrip('/')}/" if prefix else ""
+        return sorted(path for name in found if (path := str(name)[skip:]).startswith(inside) and path != inside)
 
     def delete(self, path: str) -> None:
         self._call("delete_object", path)
@@ -163,7 +165,12 @@ class S3Store(Store):
         seconds = REQUEST_DEADLINE_S + size / SLOWEST_TRANSFER
         with self._errors(path):
             return self._wait(
-                self._fs._call_s3, method, seconds=seconds, Bucket=self.bucket, Key=self._key(path), **arguments
+                self._fs._call_s3,
+                method,
+                seconds=seconds,
+                Bucket=self.bucket,
+                Key=self._key(check_object_path(path)),
+                **arguments,
             )
 
     def _wait(self, request: Any, *arguments: Any, seconds: float = REQUEST_DEADLINE_S, **options: Any) -> Any:

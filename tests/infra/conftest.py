@@ -1,0 +1,79 @@
+"""Fixtures of the storage room: every test of a store runs on a directory and on a real S3 server."""
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from infra.manifests import WEIGHTS_FILE, AdapterFacts, AdapterRecord, BaseIdentity
+from infra.registry import Registry
+from infra.settings import Settings
+from infra.storage import Store, open_store
+
+BASE = BaseIdentity(source="sprites", sha256="ab" * 32)
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """Settings whose store is empty, and the test's own."""
+    if request.param == "local":
+        return Settings(store_url=f"file://{tmp_path}/store", cache_dir=tmp_path / "cache")
+    server = request.getfixturevalue("s3_server")
+    return Settings(
+        store_url=f"s3://{server.bucket}/{secrets.token_hex(8)}",
+        s3_endpoint_url=server.endpoint_url,
+        s3_key=server.key,
+        s3_secret=server.secret,
+        cache_dir=tmp_path / "cache",
+    )
+
+
+@pytest.fixture
+def store(settings: Settings) -> Store:
+    return open_store(settings=settings)
+
+
+@pytest.fixture
+def registry(store: Store) -> Registry:
+    return Registry(store)
+
+
+@pytest.fixture
+def facts() -> AdapterFacts:
+    return AdapterFacts(
+        base=BASE,
+        rank=2,
+        alpha=2.0,
+        target_modules=("to_q", "to_v"),
+        reward="colourfulness",
+        reward_version="1",
+        kl_weight=0.1,
+        seed=0,
+    )
+
+
+@pytest.fixture
+def adapter_dir(tmp_path: Path) -> Callable[..., Path]:
+    """Factory (seed) -> directory with LoRA weights that differ from seed to seed."""
+
+    def make(seed: int = 0) -> Path:
+        directory = tmp_path / f"adapter-{seed}"
+        directory.mkdir(exist_ok=True)
+        noise = np.random.default_rng(seed).normal(size=(2, 8)).astype(np.float32)
+        save_file({"unet.block.to_q.lora_A.weight": noise}, directory / WEIGHTS_FILE)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def publish(adapter_dir: Callable[..., Path], facts: AdapterFacts) -> Callable[..., AdapterRecord]:
+    """Factory (registry, seed) -> the next version of the adapter `colour`, of other content for each seed."""
+
+    def make(registry: Registry, seed: int = 0) -> AdapterRecord:
+        return registry.publish_adapter("colour", adapter_dir(seed), facts.model_copy(update={"seed": seed}))
+
+    return make
