@@ -146,7 +146,14 @@ def _generate_here(args: "EngineArgs", request: "GenerationRequest") -> tuple[by
     from workers.generation import generate_png, plan
     from workers.loading import open_engine
 
+    from transformers.utils import logging
+
+    # Two bars for one image are one too many.
+    logging.disable_progress_bar()
     opened = open_engine(args)
+    if request.weights is None and opened.card.defaults.weights is None:
+        example = " ".join(f"-w {name}={int(i == 0)}" for i, name in enumerate(opened.basis))
+        raise typer.BadParameter(f"this bundle has no default preference: give it, for example {example}")
     [sample] = plan(request, opened)
     began = time.perf_counter()
     with tqdm(total=sample.num_inference_steps, desc="Denoising", unit="step") as bar:

@@ -76,6 +76,7 @@ class EngineLoop:
     def __init__(self, engine: BlendEngine, *, max_queued_rows: int) -> None:
         self.max_queued_rows = max_queued_rows
         self.fault: str | None = None
+        self.counts = {"finished": 0, "aborted": 0, "failed": 0}
         self._engine = engine
         self._orders: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()
@@ -152,7 +153,8 @@ class EngineLoop:
             wait = False
             if job is not None and kind == "submit":
                 self._submit(job)
-            elif job is not None:
+            elif job is not None and job in self._jobs:
+                self.counts["aborted"] += 1
                 self._abort(job)
 
     def _submit(self, job: Job) -> None:
@@ -166,7 +168,7 @@ class EngineLoop:
                 self._owner[ticket] = job
         except Exception as error:
             self._abort(job)
-            _fail(job, error)
+            self._fail(job, error)
 
     def _abort(self, job: Job) -> None:
         for ticket in job.tickets:
@@ -183,7 +185,7 @@ class EngineLoop:
             self.fault = f"the last denoising step failed: {type(error).__name__}"
             for job in set(self._owner.values()):
                 self._abort(job)
-                _fail(job, EngineFaultError("the engine failed on this batch"))
+                self._fail(job, EngineFaultError("the engine failed on this batch"))
             return
         self._account(began, finished)
         failed = [output.error for output in finished.values() if _is_fault(output.error)]
@@ -220,7 +222,7 @@ class EngineLoop:
         if output.error is not None:
             self._abort(job)
             fault = EngineFaultError("the engine failed on this batch")
-            _fail(job, fault if _is_fault(output.error) else output.error)
+            self._fail(job, fault if _is_fault(output.error) else output.error)
             return
         job.outputs[job.tickets[ticket]] = output
         if len(job.outputs) == len(job.samples):
@@ -242,10 +244,11 @@ class EngineLoop:
             )
             if not job.future.done() and job.future.set_running_or_notify_cancel():
                 job.future.set_result(finished)
+                self.counts["finished"] += 1
         except Exception as error:
             log.exception("decoding failed")
             self.fault = f"the last decoding failed: {type(error).__name__}"
-            _fail(job, EngineFaultError("the engine failed on this image"))
+            self._fail(job, EngineFaultError("the engine failed on this image"))
         finally:
             self._forget(job)
 
@@ -258,14 +261,14 @@ class EngineLoop:
             jobs, self._jobs = self._jobs, set()
         self._owner.clear()
         for job in jobs:
-            _fail(job, error)
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if not job.future.done() and job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
+            self.counts["failed"] += 1
 
 
 def _is_fault(error: Exception | None) -> bool:
     """Whether an output's error is the engine's own; a sample that diverged was asked for."""
     return error is not None and not isinstance(error, DenoisingError)
-
-
-def _fail(job: Job, error: Exception) -> None:
-    if not job.future.done() and job.future.set_running_or_notify_cancel():
-        job.future.set_exception(error)

@@ -44,6 +44,7 @@ class ServingError(RuntimeError):
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
     health_check_period_s=5,
     health_check_timeout_s=30,
+    max_constructor_retry_count=2,
     graceful_shutdown_timeout_s=20,
 )
 class EngineReplica:
@@ -69,12 +70,10 @@ class EngineReplica:
     async def readiness(self) -> Health | Refusal:
         return await self.service.readiness()
 
-    async def in_flight(self) -> int:
-        """Requests whose rows are queued or in the batch."""
-        return self.service.loop.in_flight
-
-    async def pid(self) -> int:
-        return os.getpid()
+    async def figures(self) -> dict[str, int]:
+        """Requests in flight, and answered, aborted and failed so far, with the replica's process id."""
+        loop = self.service.loop
+        return {"pid": os.getpid(), "in_flight": loop.in_flight, **loop.counts}
 
     def check_health(self) -> None:
         if not self.service.loop.alive:
@@ -140,8 +139,13 @@ def deploy(args: ServeArgs, *, host: str = DEFAULT_HOST, port: int = DEFAULT_POR
     """Bring the endpoint up, or replace it, on the Ray cluster in use; return its URL once it is ready.
 
     Serve has one HTTP proxy per cluster: when it already runs, its own host and port stay and are returned.
-    ServingError when the application does not come up.
+    The bundle is fetched and checked here first, so that a wrong one never touches what runs: its errors are those
+    of `workers.loading.pin`. ServingError when the application does not come up.
     """
+    from workers.loading import pin
+
+    args = ServeArgs.model_validate(pin(args).model_dump())
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": host, "port": port},
@@ -155,10 +159,8 @@ def deploy(args: ServeArgs, *, host: str = DEFAULT_HOST, port: int = DEFAULT_POR
 
 
 def undeploy() -> None:
-    """Take the endpoint down; end Serve too unless other applications run on it."""
+    """Take the endpoint down once its requests are answered; Serve itself ends with its Ray cluster."""
     serve.delete(APP_NAME)
-    if not serve.status().applications:
-        serve.shutdown()
 
 
 def address() -> str:

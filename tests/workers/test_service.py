@@ -290,8 +290,10 @@ def test_giving_up_frees_the_rows_at_once(service, opened):
         with pytest.raises(asyncio.CancelledError):
             await task
 
+    aborted = service.loop.counts["aborted"]
     asyncio.run(give_up())
     wait_until(lambda: service.loop.in_flight == 0 and opened.engine.idle)
+    assert service.loop.counts["aborted"] == aborted + 1
 
 
 def test_a_client_that_leaves_ends_its_work(service, opened):

@@ -1,0 +1,54 @@
+"""The deploy flow on a real Prefect and Ray Serve: it returns the URL of an endpoint that answers."""
+
+import httpx
+import pytest
+
+from flows.deploy_blend import deploy_blend
+from infra.errors import UnknownRecordError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def prefect():
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness():
+        yield
+
+
+def artifacts() -> dict[str, str]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        found = client._client.post("/artifacts/filter", json={}).json()
+    return {artifact["key"]: artifact["data"] for artifact in found}
+
+
+def test_a_bundle_is_deployed_tried_and_reported(prefect, tiny_store_url):
+    from workers.cluster import ray_session
+    from workers.serving import check_port, undeploy
+
+    port = check_port("127.0.0.1", 0)
+    with ray_session(num_cpus=2):
+        url = deploy_blend(bundle="tiny@champion", store_url=tiny_store_url, port=port)
+        assert url == f"http://127.0.0.1:{port}"
+        [card] = httpx.get(f"{url}/v1/models").json()["data"]
+        assert card["bundle"]["name"] == "tiny"
+        assert card["accepted_names"] == ["tiny", "tiny@1"]
+        undeploy()
+    reported = artifacts()
+    assert url in reported["endpoint"]
+    assert card["bundle"]["digest"] in reported["endpoint-facts"]
+    assert "| warm | colourfulness |" in reported["endpoint-facts"]
+
+
+def test_without_a_lasting_cluster_it_says_what_to_start(prefect, tiny_store_url, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(RuntimeError, match="ray start --head"):
+        deploy_blend(bundle="tiny@champion", store_url=tiny_store_url)
+
+
+def test_an_unknown_bundle_fails_before_any_cluster_is_asked(prefect, tiny_store_url):
+    with pytest.raises(UnknownRecordError, match="nothing"):
+        deploy_blend(bundle="nothing@champion", store_url=tiny_store_url, address="127.0.0.1:1")
