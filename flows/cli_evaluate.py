@@ -20,7 +20,7 @@ def evaluate(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=0, metavar="N", help="Ray workers instead of the run file's; 0: none."),
+        typer.Option("--workers", min=0, metavar="N", help="Ray workers; 0 works in this process."),
     ] = None,
     store: Annotated[bool, typer.Option("--store/--no-store", help="Keep the result in the store.")] = True,
     store_url: Annotated[str | None, typer.Option("--store-url", help="Registry; default: the settings.")] = None,

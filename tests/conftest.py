@@ -285,3 +285,24 @@ def tiny_store_url(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(root / "cache"))
         yield url
+
+
+@pytest.fixture(scope="session")
+def rivals_store_url(
+    tiny_store_url: str, tiny_adapters: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A registry on disk whose bundle rivals@1 holds the tiny adapters as tuned for two different rewards."""
+    from infra.manifests import AdapterFacts
+    from infra.registry import Registry
+    from infra.storage import open_store
+
+    url = f"file://{tmp_path_factory.mktemp('rivals') / 'store'}"
+    tiny, registry = Registry(open_store(tiny_store_url)), Registry(open_store(url))
+    records = {}
+    for (name, directory), reward in zip(tiny_adapters.items(), ("colourfulness", "compressibility"), strict=True):
+        known = tiny.get_adapter(name)
+        facts = {field: getattr(known, field) for field in AdapterFacts.model_fields} | {"reward": reward}
+        records[name] = registry.publish_adapter(name, directory, AdapterFacts(**facts))
+    base, defaults = tiny.get_bundle("tiny@champion").base, tiny.get_bundle("tiny@champion").defaults
+    registry.publish_bundle("rivals", base, records, defaults=defaults)
+    return url

@@ -49,9 +49,8 @@ def write_files(
         (directory / f"{name}.png").write_bytes(chart.light)
     (directory / "grid.png").write_bytes(grid_png(pictures, labels, shown))
     (directory / REPORT).write_text(render_report(analysis, facts, charts, pictures, rows), encoding="utf-8")
-    (directory / COMMIT).write_text(
-        json.dumps(_summary(config, facts, analysis), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    summary = json.dumps(_summary(config, facts, analysis), indent=1, ensure_ascii=False)
+    (directory / COMMIT).write_text(summary + "\n", encoding="utf-8")
     return files_in(directory)
 
 
