@@ -8,7 +8,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
+from typing import Literal
 
+Split = Literal["train", "test"]
+SPLITS = ("train", "test")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 OBJECTS = (
     "apple",
@@ -92,30 +96,39 @@ def _split() -> tuple[tuple[Thing, ...], tuple[Thing, ...]]:
     return tuple(seen[32:]), (*held_out, *seen[:32])
 
 
+def single_prompts(split: Split) -> list[str]:
+    """112 train or 48 test prompts with one object; the first 16 of the test ones were never seen in pre-training."""
+    return [write_caption((thing,)) for thing in _split()[SPLITS.index(split)]]
+
+
+def pair_prompts(split: Split, count: int = 96) -> list[str]:
+    """Prompts with two objects, in a fixed order: of train things only, or with at least one test thing."""
+    rng = random.Random(f"pairs of {split}")
+    train, test = _split()
+    first, second = (train, train) if split == "train" else (test, (*train, *test))
+    prompts: list[str] = []
+    while len(prompts) < count:
+        things = [rng.choice(first), rng.choice(second)]
+        rng.shuffle(things)
+        caption = write_caption(tuple(things))
+        if things[0].object != things[1].object and caption not in prompts:
+            prompts.append(caption)
+    return prompts
+
+
 def train_prompts(count: int | None = None) -> list[str]:
-    """Up to 112 single-object prompts for fine-tuning, in a fixed order that mixes colours and objects."""
-    return [write_caption((thing,)) for thing in _split()[0]][:count]
+    """Up to 208 prompts for fine-tuning, one and two objects by turns as far as both reach."""
+    return _by_turns("train")[:count]
 
 
 def held_out_prompts(count: int | None = None) -> list[str]:
-    """Up to 48 held-out single-object prompts: 16 pairs unseen in pre-training, then 32 unseen in fine-tuning."""
-    return [write_caption((thing,)) for thing in _split()[1]][:count]
+    """Up to 144 prompts never used in fine-tuning, one and two objects by turns as far as both reach."""
+    return _by_turns("test")[:count]
 
 
-def held_out_pair_prompts(count: int = 96) -> list[str]:
-    """Two-object prompts with at least one thing of the test split, in a fixed order."""
-    rng = random.Random(11)
-    train, test = _split()
-    prompts: list[str] = []
-    while len(prompts) < count:
-        things = [rng.choice(test), rng.choice((*train, *test))]
-        if things[0].object == things[1].object:
-            continue
-        rng.shuffle(things)
-        caption = write_caption(tuple(things))
-        if caption not in prompts:
-            prompts.append(caption)
-    return prompts
+def _by_turns(split: Split) -> list[str]:
+    turns = zip_longest(single_prompts(split), pair_prompts(split))
+    return [prompt for turn in turns for prompt in turn if prompt is not None]
 
 
 def _article(word: str) -> str:

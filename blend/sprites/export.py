@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from blend.sprites.captions import COLOURS, OBJECTS, held_out_pair_prompts, held_out_prompts
+from blend.sprites.captions import COLOURS, OBJECTS, pair_prompts, single_prompts
 from blend.sprites.codec import drop_unknown_key
 from blend.sprites.judge import Judge
 from blend.sprites.pretrain import Pretrainer, build_scheduler
@@ -81,7 +81,7 @@ def measure_base(
     pipeline: StableDiffusionPipeline, judge: Judge, *, seeds: int = 4, guidance_scale: float = GUIDANCE_SCALE
 ) -> dict[str, Any]:
     """The judge's figures over the test prompts: singles (48 prompts, 16 of them pairs never seen) and pairs (96)."""
-    singles, pairs = held_out_prompts() * seeds, held_out_pair_prompts(96) * max(1, seeds // 2)
+    singles, pairs = single_prompts("test") * seeds, pair_prompts("test") * max(1, seeds // 2)
     one = judge.judge(sample(pipeline, singles, guidance_scale=guidance_scale, seed=1000), singles)
     two = judge.judge(sample(pipeline, pairs, guidance_scale=guidance_scale, seed=2000), pairs)
     unseen = torch.tensor([index % 48 < 16 for index in range(len(singles))])
@@ -115,7 +115,7 @@ def sheet_prompts() -> list[str]:
         f"{'An' if COLOURS[i % 10][0] in 'o' else 'A'} {COLOURS[i % 10]} colored {name}."
         for i, name in enumerate(OBJECTS)
     ]
-    return [*singles, *held_out_prompts(4), *held_out_pair_prompts(10)]
+    return [*singles, *single_prompts("test")[:4], *pair_prompts("test", 10)]
 
 
 def _share(right: Tensor) -> float:

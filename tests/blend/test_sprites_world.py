@@ -22,7 +22,7 @@ def test_caption_grammar_is_the_papers():
 
 
 def test_every_prompt_parses_back_to_itself():
-    prompts = captions.train_prompts() + captions.held_out_prompts() + captions.held_out_pair_prompts()
+    prompts = captions.train_prompts() + captions.held_out_prompts()
     assert [write_caption(parse_caption(prompt)) for prompt in prompts] == prompts
 
 
@@ -32,18 +32,25 @@ def test_parse_refuses_other_sentences_and_names_the_choices():
 
 
 def test_splits_do_not_overlap_and_hold_out_one_colour_of_every_object():
-    train, test = set(captions.train_prompts()), set(captions.held_out_prompts())
-    assert not train & test
-    assert len(train) == 112
-    assert len(test) == 48
+    train, test = captions.single_prompts("train"), captions.single_prompts("test")
+    assert (len(train), len(test)) == (112, 48)
+    assert not set(train) & set(test)
     held_out = {write_caption((thing,)) for thing in HELD_OUT}
-    assert held_out < test
+    assert set(test[:16]) == held_out
     assert sorted(thing.object for thing in HELD_OUT) == sorted(OBJECTS)
-    assert all(
-        any(thing.colour + " " in prompt for prompt in train) and thing.object in " ".join(train) for thing in HELD_OUT
-    )
-    for prompt in captions.held_out_pair_prompts():
+    for prompt in captions.pair_prompts("test"):
         assert any(write_caption((thing,)) in test for thing in parse_caption(prompt))
+    for prompt in captions.pair_prompts("train"):
+        assert all(write_caption((thing,)) in train for thing in parse_caption(prompt))
+
+
+def test_prompt_sets_mix_one_and_two_objects_without_overlap():
+    train, test = captions.train_prompts(), captions.held_out_prompts()
+    assert (len(train), len(test)) == (208, 144)
+    assert not set(train) & set(test)
+    for prompts in (train, test):
+        assert [len(parse_caption(prompt)) for prompt in prompts[:90]] == [1, 2] * 45
+    assert captions.held_out_prompts(5) == test[:5]
 
 
 def test_training_scenes_never_show_a_held_out_pair():
@@ -84,7 +91,7 @@ def test_each_sprite_shows_its_colour_and_an_outline(name: str):
 def test_tokenizer_gives_one_token_a_word_and_reads_back(tmp_path):
     write_tokenizer(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
-    for prompt in captions.train_prompts() + captions.held_out_prompts() + captions.held_out_pair_prompts():
+    for prompt in captions.train_prompts() + captions.held_out_prompts():
         ids = tokenizer(prompt).input_ids
         assert len(ids) == len(prompt.replace(".", " .").split()) + 2 <= MAX_TOKENS
     assert tokenizer.decode(tokenizer("a zebra").input_ids, skip_special_tokens=True).strip() == "a zebra"
