@@ -8,7 +8,7 @@ import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -35,9 +35,12 @@ def run_demo(run: Path, output_dir: Path, store_url: str | None, stay: bool, con
     directory = (output_dir / datetime.now().strftime("%Y%m%d-%H%M%S")).absolute()
     directory.mkdir(parents=True)
     began = time.monotonic()
-    console.print(f"Everything this demo writes goes to {directory}")
-    with signals_as_interrupts(), services(directory, store_url, console) as places:
-        result = run_pipeline({**parameters, **places, "output_dir": str(directory)}, directory)
+    console.print(f"Everything this demo writes goes to {directory}", soft_wrap=True)
+    interrupt_on_signals()
+    with services(directory, store_url, console) as places:
+        with console.status("Loading the flow"):
+            from flows.full_pipeline import full_pipeline
+        result = run_pipeline(full_pipeline, parameters | places | {"output_dir": str(directory)}, directory)
         summary = result | {"seconds": round(time.monotonic() - began, 1), "output_dir": str(directory)}
         (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         show_summary(summary, console)
@@ -47,16 +50,10 @@ def run_demo(run: Path, output_dir: Path, store_url: str | None, stay: bool, con
     return summary
 
 
-@contextmanager
-def signals_as_interrupts() -> Iterator[None]:
+def interrupt_on_signals() -> None:
     """A polite kill or a closed terminal cleans up as Ctrl-C does."""
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in handled}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
@@ -70,10 +67,14 @@ def services(directory: Path, store_url: str | None, console: Console) -> Iterat
             from workers.cluster import ray_session
 
             stack.enter_context(ray_session(num_cpus=CPUS))
+        # Ray has put a handler of its own in the way of SIGTERM
+        interrupt_on_signals()
         with console.status("Starting a Prefect server"):
             environment = stack.enter_context(prefect_server(directory / "prefect"))
         os.environ.update(environment)
-        console.print(f"Prefect: {environment['PREFECT_API_URL'].removesuffix('/api')}   storage: {store}")
+        console.print(
+            f"Prefect: {environment['PREFECT_API_URL'].removesuffix('/api')}\nStorage: {store}", soft_wrap=True
+        )
         yield {"store_url": store, "port": free_port()}
         console.print("Stopping Prefect and Ray ...")
 
@@ -90,22 +91,20 @@ def demo_environment(directory: Path, store: str) -> dict[str, str]:
     }
 
 
-def run_pipeline(parameters: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """The full-pipeline flow in a thread, so that this one can show its steps and be interrupted at any time."""
+def run_pipeline(flow: Callable[..., dict[str, Any]], parameters: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Run a flow in a thread, so that this one can show its steps and be interrupted at any time."""
     outcome: dict[str, Any] = {}
 
     def work() -> None:
         try:
-            from flows.full_pipeline import full_pipeline
-
-            outcome["result"] = full_pipeline(**parameters)
+            outcome["result"] = flow(**parameters)
         except BaseException as error:
             (directory / "error.log").write_text(traceback.format_exc())
             outcome["error"] = error
         finally:
             flush_logs()
 
-    thread = threading.Thread(target=work, daemon=True, name="full-pipeline")
+    thread = threading.Thread(target=work, daemon=True, name="flow")
     thread.start()
     shown: list[str] = []
     while thread.is_alive():
@@ -149,14 +148,26 @@ def show_steps(shown: list[str]) -> None:
 
 
 def show_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """Rewards before and after, what the evaluation says, and where everything is."""
+    from infra.manifests import AdapterRecord
     from workers.basis import gain_table
 
+    adapters = [AdapterRecord.model_validate(record) for record in summary["adapters"]]
     table = Table("reward", "base [95 %]", "tuned [95 %]", "gain in base std", title="Held-out reward")
-    for row in gain_table(summary["adapters"]):
+    for row in gain_table(adapters):
         table.add_row(str(row["reward"]), str(row["base"]), str(row["tuned"]), f"{row['gain_in_base_std']:+.2f}")
     console.print(table)
-    console.print(f"report    {summary['evaluation']}\nimage     {summary['image']}\nendpoint  {summary['url']}")
-    console.print(f"bundle    {summary['bundle']}\n{summary['seconds']:.0f} seconds")
+    facts = {
+        "report": summary["evaluation"]["report"],
+        "image": summary["image"],
+        "endpoint": summary["url"],
+        "bundle": summary["bundle"],
+        "seconds": summary["seconds"],
+    }
+    for sentence in summary["evaluation"]["headline"]:
+        console.print(sentence, soft_wrap=True)
+    for name, value in facts.items():
+        console.print(f"{name:9} {value}", soft_wrap=True, highlight=False)
 
 
 def wait_for_interrupt(console: Console) -> None:

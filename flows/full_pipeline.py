@@ -50,7 +50,13 @@ def full_pipeline(
         url = deploy_blend(bundle=ref, store_url=store_url, port=port)
         image = request_image(url, prompt, rewards, inside(output_dir, "image.png"))
     report_gains(adapters)
-    return {"bundle": ref, "adapters": adapters, "evaluation": report, "url": url, "image": image}
+    return {
+        "bundle": ref,
+        "adapters": [record.model_dump(mode="json") for record in adapters],
+        "evaluation": report,
+        "url": url,
+        "image": image,
+    }
 
 
 def inside(directory: str | None, name: str) -> str | None:
