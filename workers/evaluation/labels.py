@@ -64,6 +64,8 @@ def number(value: float, digits: int = 3) -> str:
     if value != value:
         return "–"
     magnitude = abs(value)
+    if digits and 1e-6 < magnitude < 0.5 * 10**-digits:
+        return f"{value:.1g}".replace("-", "−", 1) if magnitude >= 1e-4 else f"{value:.0e}".replace("-", "−")
     decimals = min(digits, 0 if magnitude >= 1000 else 1 if magnitude >= 100 else 2 if magnitude >= 10 else digits)
     return f"{value:,.{decimals}f}".replace("-", "−")
 

@@ -200,15 +200,29 @@ def _anchors(axes: Axes, analysis: Analysis, names: tuple[str, str], theme: Them
 
 def _name(axes: Axes, label: str, point: tuple[float, float], spans: list[tuple[float, float]], theme: Theme) -> None:
     """Write the label above or below its point, towards the middle of the panel so that it stays inside."""
+    if label == BASE:
+        return _write(axes, label, point, (-6, -7), ("right", "top"), theme)
     across, up = ((value - low) / ((high - low) or 1) for value, (low, high) in zip(point, spans, strict=True))
     side = "left" if across < 0.35 else "right" if across > 0.65 else "center"
+    offset = ({"left": 6, "right": -6, "center": 0}[side], 8 if up > 0.4 else -9)
+    return _write(axes, label, point, offset, (side, "bottom" if up > 0.4 else "top"), theme)
+
+
+def _write(
+    axes: Axes,
+    label: str,
+    point: tuple[float, float],
+    offset: tuple[int, int],
+    alignment: tuple[str, str],
+    theme: Theme,
+) -> None:
     axes.annotate(
         label,
         point,
-        xytext=({"left": 6, "right": -6, "center": 0}[side], 8 if up > 0.4 else -9),
+        xytext=offset,
         textcoords="offset points",
-        ha=side,
-        va="bottom" if up > 0.4 else "top",
+        ha=alignment[0],
+        va=alignment[1],
         color=theme.ink,
         fontsize=8.5,
         fontweight="bold",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,15 @@ class Scorer:
         self._job = job
         self._engine = load_engine(job.bundle, device="cuda" if on_gpu else "cpu")
         self._rewards = {name: load_reward(name) for name in job.rewards}
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Encode the prompts and run once, so that no setting's seconds hold what happens only at first."""
+        self._engine.model.encode_prompts(["", *self._job.prompts])
+        first = replace(self._samples(Item(0, (0,)))[0], num_inference_steps=1)
+        output = self._engine.run([first])[0]
+        if output.latents is not None:
+            self._engine.decode([output.latents])
 
     def ready(self) -> None:
         """Answers once the bundle is loaded."""
