@@ -154,7 +154,9 @@ class BundleFacts(Origin):
     """A basis with its base: the unit that is served."""
 
     base: BaseIdentity
-    adapters: Annotated[dict[Name, AdapterLink], Field(min_length=1)]  # basis name -> adapter
+    adapters: Annotated[
+        dict[Name, AdapterLink], Field(min_length=1)
+    ]  # basis name -> adapter; kept in the order of the names
     defaults: BundleDefaults = BundleDefaults()
     weight_ranges: dict[str, Range] = {}  # basis name -> recommended weights
     lambda_range: Range = Range(low=0.0, high=1.5)

@@ -1,4 +1,10 @@
-"""The registry: adapters, bundles and aliases in an object store. Design and layout: see the README's registry part.
+"""The registry: adapters, bundles and aliases in an object store.
+
+    blobs/sha256/HEX                       bytes, named by their hash
+    adapters/NAME/versions/000007.json    manifests, create-only
+    bundles/NAME/versions/000003.json
+    {adapters,bundles}/NAME/contents/     which version a content is to be: see infra.versions
+    {adapters,bundles}/NAME/aliases/      see infra.aliases
 
 Blobs first, one create-only manifest last: readers follow manifests only, so an upload that was cut short does not
 exist. Every blob is hashed again whenever it is read.

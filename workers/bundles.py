@@ -97,7 +97,7 @@ def resolve_base(source: str | os.PathLike[str]) -> str:
 
         return str(base_model_path())
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name and directory.is_dir():
         if not (directory / "model_index.json").is_file():
             raise BundleError(f"base model {name!r} has no model_index.json: name a diffusers pipeline directory")
         return str(directory.absolute())

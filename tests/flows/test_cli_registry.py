@@ -1,0 +1,126 @@
+"""`diffusion-blend registry ...` as a user types it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from infra.manifests import WEIGHTS_FILE
+from infra.registry import Registry
+from infra.storage import open_store
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def store_url(tiny_store_url: str, tmp_path: Path) -> str:
+    """The tests' own copy of a registry with the bundle tiny, version 1, and a second version of it."""
+    shutil.copytree(tiny_store_url.removeprefix("file://"), tmp_path / "store")
+    url = f"file://{tmp_path / 'store'}"
+    registry = Registry(open_store(url))
+    first = registry.get("tiny@1")
+    name, adapter = next(iter(registry.adapters_of(first).items()))
+    registry.publish_bundle("tiny", first.base, {name: adapter})
+    return url
+
+
+@pytest.fixture
+def run(store_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Factory (words) -> exit code, output, errors."""
+    monkeypatch.setenv("DIFFUSION_BLEND_STORE_URL", store_url)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["registry", *words])
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return call
+
+
+def test_list_shows_names_versions_and_aliases(run: Run, tiny_adapters: dict[str, str]):
+    code, output, _ = run("list")
+    assert code == 0
+    row = next(line for line in output.splitlines() if "tiny " in line)
+    assert "bundle" in row
+    assert "champion -> 1" in row
+    assert " 2 " in row
+    assert all(any(name in line and "adapter" in line for line in output.splitlines()) for name in tiny_adapters)
+
+
+def test_list_of_an_empty_store_says_so(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import blend.sprites
+
+    monkeypatch.setattr(blend.sprites, "REGISTRY_PATH", tmp_path / "none", raising=False)
+    assert "Nothing is stored" in run("list", "--store", f"file://{tmp_path}/empty")[1]
+
+
+def test_show_prints_the_manifest_and_the_history(run: Run, store_url: str, tiny_adapters: dict[str, str]):
+    registry = Registry(open_store(store_url))
+    shown = json.loads(run("show", "tiny@champion")[1])
+    assert shown["manifest"] == registry.get("tiny@champion").model_dump(mode="json")
+    assert [entry["version"] for entry in shown["aliases"]["champion"]] == [1]
+    adapter = next(iter(tiny_adapters))
+    shown = json.loads(run("show", adapter, "--adapter")[1])
+    assert shown["manifest"]["digest"] == registry.get_adapter(adapter).digest
+
+
+def test_promote_and_rollback_move_the_alias(run: Run, store_url: str):
+    registry = Registry(open_store(store_url))
+    code, output, _ = run("promote", "tiny@2", "--reason", "looks better", "--actor", "me")
+    assert (code, output) == (0, "tiny@champion is version 2 (move 2 by me: looks better)\n")
+    assert registry.get("tiny@champion").version == 2
+    code, output, _ = run("rollback", "tiny", "--reason", "was not")
+    assert code == 0
+    assert "tiny@champion is version 1 (move 3 by" in output
+    assert registry.get("tiny@champion").version == 1
+    assert run("promote", "tiny", "--alias", "candidate", "--reason", "newest")[0] == 0
+    assert registry.get("tiny@candidate").version == 2
+
+
+def test_doctor_reports_a_sound_store_and_a_damaged_one(run: Run, store_url: str, tiny_adapters: dict[str, str]):
+    code, output, _ = run("doctor")
+    assert (code, output) == (0, f"{store_url} is sound.\n")
+    record = Registry(open_store(store_url)).get_adapter(next(iter(tiny_adapters)))
+    weights = next(file for file in record.files if file.path == WEIGHTS_FILE)
+    Path(store_url.removeprefix("file://"), "blobs", "sha256", weights.sha256).write_bytes(b"damaged")
+    code, output, errors = run("doctor")
+    assert code == 2
+    assert f"{WEIGHTS_FILE} of adapter {record.ref}" in output
+    assert "1 problem(s)" in errors
+
+
+def test_export_writes_lora_directories_that_diffusers_loads(
+    run: Run, tmp_path: Path, tiny_sd_dir: Path, tiny_adapters: dict[str, str]
+):
+    from diffusers import StableDiffusionPipeline
+
+    assert run("export", "tiny@1", str(tmp_path / "out"))[0] == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, safety_checker=None)
+    for name in tiny_adapters:
+        pipeline.load_lora_weights(tmp_path / "out" / name, weight_name=WEIGHTS_FILE, adapter_name=name)
+    assert sorted(pipeline.get_list_adapters()["unet"]) == sorted(tiny_adapters)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "tinny"], "no bundle 'tinny'"),
+        (["show", "Tiny"], "bundle name 'Tiny' is not allowed"),
+        (["promote", "tiny@9", "--reason", "x"], "versions are 1 to 2"),
+        (["promote", "tiny@1"], "--reason"),
+        (["rollback", "tiny", "--reason", "x"], "no version before 1"),
+        (["export", "tiny", "."], "is not an empty directory"),
+        (["list", "--store", "ftp://somewhere"], "store URL 'ftp://somewhere' is not understood"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(run: Run, words: list[str], message: str):
+    code, output, errors = run(*words)
+    assert code == 2
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert output == ""
