@@ -17,7 +17,13 @@ from infra.manifests import AdapterRecord
 from workers.training import FitResult
 
 
-@flow(name="train-basis", flow_run_name="train-{run}")
+def name_run() -> str:
+    """What a flow run is called: its adapter, or its run file."""
+    run = runtime.flow_run.parameters["run"]
+    return f"train-{run.get('name', 'unnamed') if isinstance(run, dict) else Path(run).stem}"
+
+
+@flow(name="train-basis", flow_run_name=name_run)
 def train_basis(
     run: dict[str, Any] | str, store_url: str | None = None, output_dir: str | None = None
 ) -> dict[str, Any]:
@@ -57,7 +63,9 @@ def fit(config: TrainConfig, output_dir: str | None) -> FitResult:
 
     logger = get_run_logger()
     description = f"{config.name}: {config.iterations} iterations toward {config.reward}"
-    artifact = create_progress_artifact(progress=0.0, key=artifact_key(config, "progress"), description=description)
+    artifact = create_progress_artifact(
+        progress=0.0, key=artifact_key(config.name, "progress"), description=description
+    )
 
     def show(metrics: dict[str, Any]) -> None:
         update_progress_artifact(artifact, progress=100.0 * metrics["iteration"] / metrics["iterations"])
@@ -86,17 +94,17 @@ def report(config: TrainConfig, result: FitResult, record: AdapterRecord) -> Non
 
     columns = ("iteration", "reward_mean", "reward_ci", "path_kl", "held_out_mean", "held_out_path_kl", "seconds")
     table = [{key: metrics.get(key) for key in columns} for metrics in result.metrics]
-    create_table_artifact(table=table, key=artifact_key(config, "metrics"), description=f"Metrics of {record.ref}")
+    create_table_artifact(table=table, key=artifact_key(config.name, "metrics"), description=f"Metrics of {record.ref}")
     create_markdown_artifact(
         markdown=markdown_report(config, result.metrics, record.ref, result.curve_png, result.samples_png),
-        key=artifact_key(config, "report"),
+        key=artifact_key(config.name, "report"),
         description=f"How {record.ref} was trained",
     )
 
 
-def artifact_key(config: TrainConfig, kind: str) -> str:
-    """Prefect allows lower-case letters, digits and dashes."""
-    return f"train-{config.name}-{kind}".replace("_", "-").replace(".", "-")
+def artifact_key(name: str, kind: str) -> str:
+    """The key of a run's artifact; Prefect allows lower-case letters, digits and dashes."""
+    return f"train-{name}-{kind}".replace("_", "-").replace(".", "-")
 
 
 def progress_line(config: TrainConfig, metrics: dict[str, Any]) -> str:

@@ -156,7 +156,8 @@ class Trainer:
         for index in mine.split(size):
             part = transitions.select(index)
             loss, kl, deviation, clipped = self._losses(part, text[part.text], gains[index])
-            (loss.sum() / total).backward()
+            # times D: the gradient of J per step, of a size that Adam's epsilon and grad_clip are made for
+            (loss.sum() * part.latents[0].numel() / total).backward()
             flags[part.sample.cpu(), part.step.cpu()] += (~loss.detach().isfinite()).float().cpu()
             sums += torch.stack([v.detach().double().sum().cpu() for v in (loss, kl, deviation, clipped)])
         self.workgroup.sum_gradients(self.parameters)

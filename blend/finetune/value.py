@@ -78,10 +78,8 @@ class ValueBaseline:
         """STEPS MSE steps on random batches of the global transitions; returns the last loss."""
         pooled = text.float().mean(1)
         slots = self.config.train_steps_per_sample
-        place = {
-            int(s) * slots + int(k): i
-            for i, (s, k) in enumerate(zip(transitions.sample, transitions.slot, strict=True))
-        }
+        owned = zip(transitions.sample.tolist(), transitions.slot.tolist(), strict=True)
+        place = {sample * slots + slot: i for i, (sample, slot) in enumerate(owned)}
         loss = torch.zeros(())
         for step in range(STEPS):
             order = keyed_permutation(self.config.batch_size * slots, self.config.seed, "value", iteration, step)

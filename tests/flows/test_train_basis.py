@@ -1,0 +1,74 @@
+"""The flow train_basis on a tiny model: record, artifacts, a retry that publishes nothing new, bad input."""
+
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.testing.utilities import prefect_test_harness
+
+from blend.finetune.errors import ConfigError
+from flows.train_basis import artifact_key, train_basis
+from infra.errors import StoreError
+from infra.manifests import AdapterRecord
+from infra.registry import Registry
+from infra.storage import open_store
+
+RUN = {
+    "name": "colour_1",
+    "reward": "colourfulness",
+    "prompts": ["A red colored car.", "A blue colored cup."],
+    "held_out_prompts": ["A green colored car."],
+    "held_out_images": 2,
+    "rank": 2,
+    "iterations": 2,
+    "prompts_per_iteration": 1,
+    "images_per_prompt": 2,
+    "num_inference_steps": 2,
+    "train_steps_per_sample": 1,
+    "num_workers": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect():
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+def artifacts(kind: str):
+    key = artifact_key("colour_1", kind)
+    with get_client(sync_client=True) as client:
+        return client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+
+
+@pytest.mark.slow
+def test_flow_publishes_once_and_leaves_artifacts(tiny_sd_dir: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
+    url, run = f"file://{tmp_path / 'store'}", {**RUN, "base_model": str(tiny_sd_dir)}
+    record = AdapterRecord.model_validate(train_basis(run, store_url=url))
+    assert record.ref == "colour_1@1"
+    assert record.kl_weight == 0.01
+    assert UUID(record.run_ids["prefect"])
+    assert [artifact.data for artifact in artifacts("progress")] == [100.0]
+    [table] = artifacts("metrics")
+    assert '"iteration": 2' in str(table.data)
+    [report] = artifacts("report")
+    assert "data:image/png;base64," in str(report.data)
+    assert "colour_1@1" in str(report.data)
+
+    again = train_basis(run, store_url=url)
+    assert (again["version"], again["digest"]) == (1, record.digest)
+    assert len(Registry(open_store(url)).versions("colour_1", "adapter")) == 1
+
+
+@pytest.mark.slow
+def test_flow_refuses_bad_input_before_training(tiny_sd_dir: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="learning_rate is -1"):
+        train_basis({**RUN, "base_model": str(tiny_sd_dir), "learning_rate": -1}, store_url=f"file://{tmp_path}")
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(StoreError):
+        train_basis({**RUN, "base_model": str(tiny_sd_dir)}, store_url=f"file://{tmp_path / 'file'}")
+    assert not (tmp_path / "cache").exists()
