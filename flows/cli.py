@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -41,8 +40,7 @@ def root(
 
 
 for module in VERB_MODULES:
-    if find_spec(module) is not None:
-        import_module(module).register(app)
+    import_module(module).register(app)
 
 
 def error_line(error: BaseException) -> str:
