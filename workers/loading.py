@@ -76,8 +76,8 @@ def _open_paths(args: EngineArgs, device: str) -> "tuple[BlendEngine, ModelCard]
     from blend.engine import BlendEngine, Sample
     from blend.model import load_model, model_hash
 
-    files = {name: adapter_file(path) for name, path in args.adapters.items()}
     base = resolve_base(str(args.base))
+    files = {name: adapter_file(path) for name, path in args.adapters.items()}
     model, base_hash = load_model(base, device=device), model_hash(base)
     bank = AdapterBank(model.unet, base_hash=base_hash)
     digest = hashlib.sha256(base_hash.encode())
