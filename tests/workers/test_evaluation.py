@@ -20,7 +20,7 @@ from workers.evaluation import EvaluateConfig, EvaluationError, evaluate
 from workers.evaluation.files import COMMIT, NAMES, files_in
 from workers.evaluation.storing import folder, is_complete, prepare, restore, upload
 
-PROMPTS = ("A red colored car.", "A <b>blue</b> cup & a green fish.", "A pink colored cat.")
+PROMPTS = ("A red colored car.", "A <b>blue</b> cup & a green fish.")
 BASIS = ("warm", "small")
 CONFIG = EvaluateConfig(
     bundle="rivals@1",
@@ -92,12 +92,12 @@ def test_scores_are_those_of_the_engine_asked_directly(result, planned, method, 
     if method != "base":
         name = "mpa" if method == "adapter" else method
         preference = Preference(weights={"warm": warm, "small": 1 - warm}, kl_lambda=kl_lambda, method=name)
-    sample = Sample(PROMPTS[2], preference, 5, num_inference_steps=4, guidance_scale=2.0)
+    sample = Sample(PROMPTS[1], preference, 5, num_inference_steps=4, guidance_scale=2.0)
     image = engine.decode([engine.run([sample])[0].latents])
     rows = rows_of(result.frame, method, kl_lambda, warm)
-    row = rows[(rows["prompt"] == PROMPTS[2]) & (rows["seed"] == 5)].iloc[0]
+    row = rows[(rows["prompt"] == PROMPTS[1]) & (rows["seed"] == 5)].iloc[0]
     for name in ("colourfulness", "compressibility"):
-        assert row[name] == pytest.approx(float(load_reward(name)(image, [PROMPTS[2]])), abs=1e-3)
+        assert row[name] == pytest.approx(float(load_reward(name)(image, [PROMPTS[1]])), abs=1e-3)
 
 
 def test_rows_are_what_each_method_costs(rivals_store_url, tmp_path):
@@ -140,7 +140,9 @@ def test_progress_ends_at_the_total_with_nothing_left(result, progress):
 
 
 def test_files_hold_what_was_returned(result, directory):
-    assert result.files == [directory / name for name in NAMES]
+    # adapters of random weights gain nothing, so that there are no shares to draw
+    assert result.files == [directory / name for name in NAMES if name != "shares.png"]
+    assert {path.name for path in directory.iterdir()} == {path.name for path in result.files}
     assert result.files[-1].name == COMMIT
     pd.testing.assert_frame_equal(pd.read_parquet(directory / "samples.parquet"), result.frame)
     pd.testing.assert_frame_equal(pd.read_parquet(directory / "summary.parquet"), result.summary)
@@ -286,15 +288,20 @@ class Broken:
 
 def test_a_reward_that_is_not_a_number_stops_the_evaluation(planned, tmp_path, monkeypatch):
     monkeypatch.setattr("workers.evaluation.scoring.load_reward", lambda name: Broken())
-    with pytest.raises(EvaluationError, match="colourfulness gave"):
+    with pytest.raises(EvaluationError, match=r"compressibility gave \[nan"):
         evaluate(planned, tmp_path)
     assert not (tmp_path / COMMIT).exists()
 
 
 @pytest.mark.slow
 def test_ray_workers_score_exactly_as_this_process_does(result, rivals_store_url, tmp_path):
-    spread = evaluate(prepare(CONFIG.model_copy(update={"num_workers": 2}), rivals_store_url), tmp_path)
-    pd.testing.assert_frame_equal(spread.frame.drop(columns="seconds"), result.frame.drop(columns="seconds"))
+    config = CONFIG.model_copy(update={"num_workers": 2, "methods": ("mpa",), "kl_methods": ()})
+    spread = evaluate(prepare(config, rivals_store_url), tmp_path).frame
+    keys = ["method", "w_warm", "w_small", "kl_lambda", "prompt", "seed"]
+    here = spread[keys].merge(result.frame, on=keys)[spread.columns]
+    pd.testing.assert_frame_equal(
+        spread.drop(columns=["seconds", "cell"]), here.drop(columns=["seconds", "cell"]), check_exact=True
+    )
 
 
 @pytest.mark.slow

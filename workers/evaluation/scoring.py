@@ -25,7 +25,7 @@ from workers.evaluation.config import EvaluateConfig, EvaluationError
 from workers.evaluation.grid import Cell
 
 # A cluster that gives no actor within this time has no free CPU for us.
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 600.0
 Record = dict[str, Any]
 
 
