@@ -1,0 +1,77 @@
+"""The full pipeline on a tiny model: run twice, it trains, registers and evaluates once."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+REWARDS = ("colourfulness", "compressibility")
+SETTINGS = {
+    "rewards": REWARDS,
+    "prompts": ("A red car.", "A blue cup."),
+    "held_out_prompts": ("A green cup.", "A red dog."),
+    "bundle": "twice",
+    "training": {
+        "iterations": 1,
+        "prompts_per_iteration": 1,
+        "images_per_prompt": 2,
+        "num_inference_steps": 2,
+        "train_steps_per_sample": 1,
+        "held_out_images": 2,
+        "num_workers": 0,
+    },
+    "evaluation": {
+        "seeds": 1,
+        "num_inference_steps": 2,
+        "methods": ("mpa",),
+        "pair_weights": (0.5,),
+        "num_workers": 0,
+        "resamples": 100,
+        "picture_prompts": 1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def prefect():
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+def written(directory: Path) -> dict[str, int]:
+    """When each file below a directory was last written, in nanoseconds."""
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_trains_and_registers_nothing(prefect, tiny_sd_dir, tmp_path, monkeypatch):
+    from flows.full_pipeline import full_pipeline
+    from flows.local_services import free_port
+    from workers.cluster import ray_session
+    from workers.serving import undeploy
+
+    monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
+    out, store = tmp_path / "out", tmp_path / "store"
+    settings = SETTINGS | {"base_model": str(tiny_sd_dir), "store_url": f"file://{store}", "output_dir": str(out)}
+    with ray_session(num_cpus=2):
+        first = full_pipeline(**settings, port=free_port())
+        stored = written(store)
+        trained = {name: written(out / name / "checkpoints") for name in REWARDS}
+        [card] = httpx.get(f"{first['url']}/v1/models").json()["data"]
+        second = full_pipeline(**settings, port=free_port())
+        undeploy()
+
+    assert first["bundle"] == "twice@1"
+    assert [adapter["name"] for adapter in first["adapters"]] == list(REWARDS)
+    assert {basis["name"] for basis in card["basis"]} == set(REWARDS)
+    assert Image.open(first["image"]).text["prompt"] == "A red colored car."
+    assert all(trained.values())
+    assert {name: written(out / name / "checkpoints") for name in REWARDS} == trained
+    assert written(store) == stored
+    assert [second[key] for key in ("bundle", "adapters", "evaluation")] == [
+        first[key] for key in ("bundle", "adapters", "evaluation")
+    ]
