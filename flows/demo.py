@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from flows.local_services import free_port, prefect_server
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
 RUN_FILE = Path(__file__).parent.parent / "infra" / "runs" / "demo.toml"
 CPUS = 2
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 
 
 def run_demo(run: Path, output_dir: Path, store_url: str | None, stay: bool, console: Console) -> dict[str, Any]:
@@ -93,6 +96,8 @@ def demo_environment(directory: Path, store: str) -> dict[str, str]:
 
 def run_pipeline(flow: Callable[..., dict[str, Any]], parameters: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """Run a flow in a thread, so that this one can show its steps and be interrupted at any time."""
+    from prefect.client.orchestration import get_client
+
     outcome: dict[str, Any] = {}
 
     def work() -> None:
@@ -107,9 +112,10 @@ def run_pipeline(flow: Callable[..., dict[str, Any]], parameters: Mapping[str, A
     thread = threading.Thread(target=work, daemon=True, name="flow")
     thread.start()
     shown: list[str] = []
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        show_steps(shown)
+    with get_client(sync_client=True) as client:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            show_steps(client, shown)
     if error := outcome.get("error"):
         where = f"after step {shown[-1]!r}" if shown else "before its first step"
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -127,15 +133,13 @@ def flush_logs() -> None:
     APILogHandler.flush()
 
 
-def show_steps(shown: list[str]) -> None:
+def show_steps(client: "SyncPrefectClient", shown: list[str]) -> None:
     """Print the names of task runs that have begun since the last call, and add them to `shown`."""
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.sorting import TaskRunSort
     from tqdm import tqdm
 
     try:
-        with get_client(sync_client=True) as client:
-            runs = client.read_task_runs(sort=TaskRunSort.EXPECTED_START_TIME_ASC, limit=200)
+        runs = client.read_task_runs(sort=TaskRunSort.EXPECTED_START_TIME_ASC, limit=200)
     except Exception:
         # the steps are a courtesy: a busy server must not end the demo
         return
