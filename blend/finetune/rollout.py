@@ -120,10 +120,10 @@ class Sampler:
         outputs = self.engine.run(samples)
         rewards = torch.full((len(requests),), float("nan"))
         images = None
-        made = [i for i, output in enumerate(outputs) if output.error is None]
+        made = [(i, output.latents) for i, output in enumerate(outputs) if output.latents is not None]
         for start in range(0, len(made), DECODE_BATCH):
-            part = made[start : start + DECODE_BATCH]
-            decoded = self.engine.decode([outputs[i].latents for i in part]).float().cpu()
+            part = [i for i, _ in made[start : start + DECODE_BATCH]]
+            decoded = self.engine.decode([latents for _, latents in made[start : start + DECODE_BATCH]]).float().cpu()
             if images is None:
                 images = decoded.new_zeros((len(requests), *decoded.shape[1:]))
             images[part] = decoded
