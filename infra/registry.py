@@ -1,6 +1,6 @@
 """The registry: adapters, bundles and aliases in an object store.
 
-    blobs/sha256/HEX                       bytes, named by their hash
+    blobs/sha256/HEX                      bytes, named by their hash
     adapters/NAME/versions/000007.json    manifests, create-only
     bundles/NAME/versions/000003.json
     {adapters,bundles}/NAME/contents/     which version a content is to be: see infra.versions

@@ -18,9 +18,9 @@ from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage import open_store
 
-WRITERS = 6
+WRITERS = 4
 ROUNDS = 3
-KILLS = 6
+KILLS = 5
 
 PUBLISHER = """
 import json, sys

@@ -23,7 +23,7 @@ from infra.local_store import LocalStore
 from infra.settings import Settings
 from infra.storage import Store, open_store
 
-WRITERS = 6
+WRITERS = 4
 
 
 def test_objects_are_written_read_listed_and_deleted(store: Store, tmp_path: Path):
@@ -106,7 +106,7 @@ def test_racing_creates_have_one_winner(store: Store):
 
 def test_racing_replaces_lose_no_update(settings: Settings):
     open_store(settings=settings).create("counter", b"0")
-    increments = 10
+    increments = 6
 
     def count(writer: int) -> None:
         store = open_store(settings=settings)
