@@ -143,10 +143,10 @@ def _generate_here(args: "EngineArgs", request: "GenerationRequest") -> tuple[by
     from tqdm import tqdm
 
     typer.echo(f"Loading {args.base or args.bundle_ref} ...", err=True)
+    from transformers.utils import logging
+
     from workers.generation import generate_png, plan
     from workers.loading import open_engine
-
-    from transformers.utils import logging
 
     # Two bars for one image are one too many.
     logging.disable_progress_bar()
