@@ -162,8 +162,49 @@ def test_checkpoints_appear_whole_and_old_ones_go(make_trainer, tmp_path):
     assert folder.latest() == tmp_path / "iteration_000003"
 
 
+def test_checkpoint_every_skips_iterations_but_not_the_last(make_trainer):
+    saved = []
+    run_training(make_trainer(checkpoint_every=2), save=lambda trainer: saved.append(trainer.iteration))
+    assert saved == [2, 3]
+
+
+def test_eval_every_and_guidance_of_the_evaluation(make_trainer):
+    trainer, guided = make_trainer(eval_every=1), make_trainer(eval_guidance_scale=7.0)
+    run_training(trainer, save=lambda trainer: None)
+    assert [m["iteration"] for m in trainer.history if "held_out_mean" in m] == [0, 1, 2, 3]
+    assert guided.evaluate()["held_out_mean"] != trainer.history[0]["held_out_mean"]
+
+
+def test_gradient_is_clipped(make_trainer):
+    trainer = nonzero(make_trainer(grad_clip=1e-3))
+    trainer.evaluate()
+    metrics = trainer.iterate()
+    norm = torch.stack([parameter.grad.norm() for parameter in trainer.parameters]).norm()
+    assert metrics["grad_norm"] > 1e-3
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_later_updates_leave_ratio_one_and_the_clip_range_counts_them(make_trainer):
+    clipped = {}
+    for clip_range in (1e-9, 10.0):
+        trainer = make_trainer(updates_per_iteration=2, clip_range=clip_range, learning_rate=0.1)
+        trainer.evaluate()
+        clipped[clip_range] = trainer.iterate()["clipped"]
+    assert clipped[1e-9] > 0
+    assert clipped[10.0] == 0
+
+
+def test_reduced_precision_keeps_the_adapter_in_float32(tiny_sd_dir):
+    config = TrainConfig.parse({**SETTINGS, "base_model": str(tiny_sd_dir), "dtype": "bfloat16"})
+    model = load_model(tiny_sd_dir, dtype=torch.bfloat16)
+    trainer = Trainer(config, model, load_reward(config.reward), TRAIN, HELD_OUT)
+    trainer.evaluate()
+    assert trainer.iterate()["ratio_deviation"] < 1e-2
+    assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
+
+
 class Slice(Workgroup):
-    """One of two workers whose sums are replayed by the test: collects what it would send."""
+    """One of two workers, seen from its slices alone."""
 
     def __init__(self, rank):
         self.rank, self.size = rank, 2
