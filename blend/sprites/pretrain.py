@@ -34,7 +34,7 @@ class PretrainPlan:
     codec_steps: int = 1500
     decoder_steps: int = 3000
     scenes: int = 65_536
-    steps: int = 10_000
+    steps: int = 4600
     decay_share: float = 0.3  # of the steps, at the end, over which the learning rate falls to zero
     batch: int = 64
     learning_rate: float = 1.2e-3
