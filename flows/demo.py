@@ -145,7 +145,7 @@ def show_steps(client: "SyncPrefectClient", shown: list[str]) -> None:
         return
     for run in runs:
         # a subflow has a task run of its own, named by a UUID; other names end in three random characters
-        name = re.sub(r"-[0-9a-z]{3}$", "", run.name)
+        name = re.sub(r"-(0|[0-9a-z]{3})$", "", run.name)
         if name not in shown and not re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-", name):
             shown.append(name)
             tqdm.write(f"{datetime.now():%H:%M:%S}  {name}")

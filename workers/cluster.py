@@ -15,6 +15,9 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # on a busy machine the imports of a worker alone can take longer than the default of 60 seconds
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    # and the endpoint's proxy longer than the default of 5 seconds, after which Serve gives it up
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
     # two contended OpenMP threads are far slower than one
     "OMP_NUM_THREADS": "1",
 }
