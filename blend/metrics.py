@@ -124,7 +124,5 @@ def normalise(values: ArrayLike, centre: Sequence[float], scale: Sequence[float]
     """(values - centre) / scale over the last axis: rewards of unlike units in base standard deviations."""
     spread = _finite("scale", scale, 1)
     if (spread <= 0).any():
-        raise MetricError(
-            f"scale {spread.tolist()} must be positive: a reward that never varies cannot be compared"
-        )
+        raise MetricError(f"scale {spread.tolist()} must be positive: a reward that never varies cannot be compared")
     return (np.asarray(values, dtype=np.float64) - _finite("centre", centre, 1)) / spread
