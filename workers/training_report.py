@@ -83,41 +83,22 @@ def markdown_report(config: TrainConfig, history: Sequence[Metrics], reference: 
     )
 
 
-def write_card(
-    config: TrainConfig,
-    prompts: Sequence[str],
-    held_out_prompts: Sequence[str],
-    history: Sequence[Metrics],
-    path: Path,
-) -> None:
-    """The model card beside the weights, in the layout the Hub reads."""
-    base = history[0]
-    tuned = [m for m in history if "held_out_mean" in m][-1]
-    gain = (tuned["held_out_mean"] - base["held_out_mean"]) / max(base["held_out_std"], 1e-9)
-    licence = "license: apache-2.0\n" if config.base_model == "sprites" else ""
-    settings = "\n".join(
-        f"| `{key}` | {value} |"
-        for key, value in config.model_dump(mode="json").items()
-        if key not in {"prompts", "held_out_prompts"}
-    )
-    listed = "\n".join(f"- {prompt}" for prompt in prompts)
-    path.write_text(
-        f"""---
+CARD = """---
 {licence}library_name: diffusers
-base_model: {config.base_model}
+base_model: {base_model}
 tags: [lora, reinforcement-learning, diffusion-blend]
 ---
-# {config.name}
+# {name}
 
-A rank {config.rank} LoRA of `{config.base_model}`, fine-tuned toward the reward `{config.reward}` by policy
-gradient ({config.objective}) with a KL to the base. Its licence is that of the base model.
+A rank {rank} LoRA of `{base_model}`, fine-tuned toward the reward `{reward}` by policy
+gradient ({objective}) with a KL to the base. Its licence is that of the base model.
 
-| held out: {len(held_out_prompts)} prompts, {config.held_out_images} images | reward | path KL (nats) |
+| held out: {held_out_count} prompts, {held_out_images} images | reward | path KL (nats) |
 |---|---|---|
-| base | {base["held_out_mean"]:.4f} ± {base["held_out_ci"]:.4f} | 0 |
-| tuned | {tuned["held_out_mean"]:.4f} ± {tuned["held_out_ci"]:.4f} | {tuned["held_out_path_kl"]:.2f} |
+| base | {base[held_out_mean]:.4f} ± {base[held_out_ci]:.4f} | 0 |
+| tuned | {tuned[held_out_mean]:.4f} ± {tuned[held_out_ci]:.4f} | {tuned[held_out_path_kl]:.2f} |
 
-The gain is {gain:+.2f} standard deviations of the base's reward ({base["held_out_std"]:.4f}); intervals 95 %.
+The gain is {gain:+.2f} standard deviations of the base's reward ({base[held_out_std]:.4f}); intervals 95 %.
 `kl_weight` is alpha in: reward / that standard deviation - alpha x path KL in nats.
 
 ![reward and KL](curve.png)
@@ -130,7 +111,7 @@ Base above, tuned below, same prompts and seeds:
 pipeline.load_lora_weights("this directory")  # a diffusers pipeline of the base model
 ```
 
-## Settings (diffusion-blend {version("diffusion-blend")})
+## Settings (diffusion-blend {version})
 
 | key | value |
 |---|---|
@@ -139,6 +120,28 @@ pipeline.load_lora_weights("this directory")  # a diffusers pipeline of the base
 All randomness follows from `seed`. Training prompts:
 
 {listed}
-""",
-        encoding="utf-8",
+"""
+
+
+def write_card(
+    config: TrainConfig,
+    prompts: Sequence[str],
+    held_out_prompts: Sequence[str],
+    history: Sequence[Metrics],
+    path: Path,
+) -> None:
+    """The model card beside the weights, in the layout the Hub reads."""
+    base, tuned = history[0], [m for m in history if "held_out_mean" in m][-1]
+    settings = config.model_dump(mode="json", exclude={"prompts", "held_out_prompts"})
+    card = CARD.format(
+        **{key: settings[key] for key in ("name", "base_model", "rank", "reward", "objective", "held_out_images")},
+        licence="license: apache-2.0\n" if config.base_model == "sprites" else "",
+        held_out_count=len(held_out_prompts),
+        base=base,
+        tuned=tuned,
+        gain=(tuned["held_out_mean"] - base["held_out_mean"]) / max(base["held_out_std"], 1e-9),
+        version=version("diffusion-blend"),
+        settings="\n".join(f"| `{key}` | {value} |" for key, value in settings.items()),
+        listed="\n".join(f"- {prompt}" for prompt in prompts),
     )
+    path.write_text(card, encoding="utf-8")

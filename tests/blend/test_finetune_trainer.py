@@ -13,9 +13,8 @@ from blend.finetune.errors import NonFiniteError, ResumeError, StoppedError
 from blend.finetune.loop import run_training
 from blend.finetune.objectives import transition_kl
 from blend.finetune.policy import Transitions
-from blend.finetune.rollout import choose_steps, plan_held_out, plan_requests
+from blend.finetune.rollout import plan_requests
 from blend.finetune.trainer import Trainer
-from blend.finetune.workgroup import Workgroup
 from blend.model import load_model
 from blend.rewards import load_reward
 
@@ -201,41 +200,6 @@ def test_reduced_precision_keeps_the_adapter_in_float32(tiny_sd_dir):
     trainer.evaluate()
     assert trainer.iterate()["ratio_deviation"] < 1e-2
     assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
-
-
-class Slice(Workgroup):
-    """One of two workers, seen from its slices alone."""
-
-    def __init__(self, rank):
-        self.rank, self.size = rank, 2
-
-
-def test_slices_cover_the_global_batch_once():
-    covered = [i for rank in (0, 1) for i in Slice(rank).slice(7)]
-    assert covered == list(range(7))
-
-
-def test_a_batch_depends_on_seed_and_iteration_only():
-    config = TrainConfig.parse(SETTINGS)
-    first = plan_requests(config, TRAIN, 0)
-    assert first == plan_requests(TrainConfig.parse({**SETTINGS, "num_workers": 2}), TRAIN, 0)
-    other_seed = TrainConfig.parse({**SETTINGS, "seed": 1})
-    for other in (plan_requests(config, TRAIN, 1), plan_requests(other_seed, TRAIN, 0)):
-        assert [request.seed for request in first] != [request.seed for request in other]
-    assert len({request.seed for request in first}) == len(first)
-    assert [request.group for request in first] == [0, 0, 0, 1, 1, 1]
-    held_out = plan_held_out(config, HELD_OUT)
-    assert held_out == plan_held_out(other_seed, HELD_OUT)
-    assert len({(request.prompt, request.seed) for request in held_out}) == 4
-
-
-def test_trained_steps_are_a_random_subset():
-    config = TrainConfig.parse({**SETTINGS, "num_inference_steps": 10, "train_steps_per_sample": 4})
-    chosen = [choose_steps(config, 0, index, range(9)) for index in range(200)]
-    assert all(len(set(steps)) == 4 for steps in chosen)
-    counts = torch.bincount(torch.tensor(chosen).flatten(), minlength=10)
-    assert counts[9] == 0
-    assert counts[:9].min() > 60
 
 
 @pytest.mark.parametrize(("rows", "guidance_scale"), [(3, 1.0), (4, 3.0)])
