@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ SCRIPT = Path(sys.executable).parent / "diffusion-blend"
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `diffusion-blend ...` with a registry and a cache of the test's own; returns the ended process."""
+def surroundings(tmp_path: Path) -> dict[str, str]:
+    """Environment of a user with a registry and a cache of the test's own, and no Ray cluster."""
     environment = {
         **os.environ,
         "DIFFUSION_BLEND_STORE_URL": f"file://{tmp_path / 'store'}",
@@ -21,12 +21,18 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("RAY_ADDRESS", None)
+    return environment
+
+
+@pytest.fixture
+def cli(tmp_path: Path, surroundings: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `diffusion-blend ...` to its end in tmp_path; returns the ended process."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(SCRIPT), *arguments],
             cwd=tmp_path,
-            env=environment,
+            env=surroundings,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -34,3 +40,27 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def started_cli(tmp_path: Path, surroundings: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `diffusion-blend ...` in tmp_path; what is still alive at the end of the test is killed."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [str(SCRIPT), *arguments],
+            cwd=tmp_path,
+            env=surroundings,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

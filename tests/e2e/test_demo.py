@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import psutil
@@ -78,4 +79,23 @@ def test_a_failing_demo_says_what_failed_and_leaves_nothing_running(cli, tmp_pat
     assert last.startswith("Error: ")
     assert "no-such-model" in last
     assert "error.log" in last
+    assert started_below(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing_running(started_cli, tmp_path, tiny_sd_dir, number):
+    run = tmp_path / "tiny.toml"
+    run.write_text(TINY_RUN.format(base=tiny_sd_dir))
+    demo = started_cli("demo", "--run", str(run), "--output-dir", "out")
+    seen = []
+    for line in demo.stdout:
+        seen.append(line)
+        if "fine-tune" in line:
+            break
+    assert len(started_below(tmp_path)) > 2, "".join(seen)
+    demo.send_signal(number)
+    rest = demo.communicate(timeout=120)[0]
+    assert demo.returncode == 130, rest
+    assert "Interrupted; everything the demo started has ended." in rest
     assert started_below(tmp_path) == []
