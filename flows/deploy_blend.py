@@ -22,7 +22,7 @@ def deploy_blend(
     """Serve `bundle` and return the endpoint's URL; `address` or RAY_ADDRESS names the Ray cluster."""
     pinned = resolve_bundle(bundle, store_url)
     with lasting_cluster(address):
-        url = start_endpoint(pinned, store_url, host, port)
+        url = start_endpoint(pinned, bundle, store_url, host, port)
     card, answer = smoke_request(url)
     report_endpoint(url, card, answer)
     return url
@@ -56,14 +56,14 @@ def lasting_cluster(address: str | None) -> Iterator[None]:
 
 
 @task
-def start_endpoint(bundle: str, store_url: str | None, host: str | None, port: int | None) -> str:
+def start_endpoint(bundle: str, asked_as: str, store_url: str | None, host: str | None, port: int | None) -> str:
     """Bring the Serve application up, or replace the one that runs; return its URL."""
     from infra.settings import read_settings
     from workers.engine_args import ServeArgs
     from workers.serving import deploy
 
     settings = read_settings()
-    args = ServeArgs(bundle=bundle, store_url=store_url, num_threads=settings.num_threads)
+    args = ServeArgs(bundle=bundle, asked_as=asked_as, store_url=store_url, num_threads=settings.num_threads)
     return deploy(args, host=host or settings.host, port=settings.port if port is None else port)
 
 

@@ -11,6 +11,8 @@ class EngineArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     # "name@7", "name@champion" or "name" for the latest; None without adapters: the one the package ships
     bundle: str | None = None
+    # what the bundle was called before its version was written out; clients may go on using it as the model's name
+    asked_as: str | None = None
     # any Stable-Diffusion-class diffusers directory or Hub id; with a bundle: where its base lies on this machine
     base: str | None = None
     # basis name -> directory or safetensors file in diffusers' own layout

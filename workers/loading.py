@@ -31,7 +31,8 @@ def settings_of(args: EngineArgs) -> Settings:
 def pin(args: EngineArgs) -> EngineArgs:
     """`args` with the bundle's version written out. Fetches and checks all files, so that errors come early."""
     if args.bundle_ref is not None:
-        return args.model_copy(update={"bundle": _open(args).record.ref})
+        asked_as = args.asked_as or args.bundle_ref
+        return args.model_copy(update={"bundle": _open(args).record.ref, "asked_as": asked_as})
     resolve_base(str(args.base))
     for path in args.adapters.values():
         adapter_file(path)
@@ -122,7 +123,7 @@ def _card_of_bundle(args: EngineArgs, bundle: LoadedBundle, model: "DiffusionMod
     card = _card(model, name, basis, settings)
     return card.model_copy(
         update={
-            "accepted_names": sorted({record.name, record.ref, str(args.bundle_ref)}),
+            "accepted_names": sorted({record.name, record.ref, args.asked_as or str(args.bundle_ref)}),
             "kl_lambda_recommended": (record.lambda_range.low, record.lambda_range.high),
         }
     )

@@ -35,7 +35,7 @@ def test_a_bundle_is_deployed_tried_and_reported(prefect, tiny_store_url):
         assert url == f"http://127.0.0.1:{port}"
         [card] = httpx.get(f"{url}/v1/models").json()["data"]
         assert card["bundle"]["name"] == "tiny"
-        assert card["accepted_names"] == ["tiny", "tiny@1"]
+        assert card["accepted_names"] == ["tiny", "tiny@1", "tiny@champion"]
         undeploy()
     reported = artifacts()
     assert url in reported["endpoint"]

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from workers.api import MAX_BODY_BYTES, GenerationRequest
+from workers.engine_args import EngineArgs
 from workers.generation import forecast_rows, generate_png, plan, request_of
 from workers.images import read_facts
-from workers.loading import open_engine
+from workers.loading import open_engine, pin
 
 ROUTE = "/v1/images/generations"
 BASE = {
@@ -218,3 +219,10 @@ def test_requests_in_one_batch_do_not_touch_each_other(client):
     for one, other in zip(alone, together, strict=True):
         for png, same in zip(one, other, strict=True):
             assert same_image(png, same)
+
+
+def test_a_pinned_bundle_still_answers_to_the_name_it_was_asked_by(tiny_store_url):
+    pinned = pin(EngineArgs(bundle="tiny@champion", store_url=tiny_store_url))
+    assert pinned.bundle == "tiny@1"
+    assert pin(pinned) == pinned
+    assert open_engine(pinned).card.accepted_names == ["tiny", "tiny@1", "tiny@champion"]
