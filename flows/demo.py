@@ -118,9 +118,9 @@ def run_pipeline(flow: Callable[..., dict[str, Any]], parameters: Mapping[str, A
             show_steps(client, shown)
     if error := outcome.get("error"):
         where = f"after step {shown[-1]!r}" if shown else "before its first step"
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        first_line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RuntimeError(
-            f"the demo failed {where}: {first_line} See {directory / 'error.log'} and /tmp/ray/session_latest/logs; "
+            f"the demo failed {where}: {first_line}. See {directory / 'error.log'} and /tmp/ray/session_latest/logs; "
             "then run it again, it starts afresh"
         ) from error
     return outcome["result"]
