@@ -40,7 +40,7 @@ def draw_curve(config: TrainConfig, history: Sequence[Metrics], path: Path) -> N
     )
     reward.set_ylabel(config.reward)
     reward.set_title(f"{config.name}: {config.objective}, kl_weight {config.kl_weight:g}")
-    reward.legend()
+    reward.legend(loc="upper left")
     kl.plot(steps, [m["path_kl"] for m in rolled], color="tab:blue", label="rollouts")
     kl.plot(
         [m["iteration"] for m in held],
