@@ -130,7 +130,7 @@ def flush_logs() -> None:
     """Send what Prefect still holds back while its server is there."""
     from prefect.logging.handlers import APILogHandler
 
-    APILogHandler.flush()
+    APILogHandler().flush()
 
 
 def show_steps(client: "SyncPrefectClient", shown: list[str]) -> None:
