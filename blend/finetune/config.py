@@ -58,6 +58,9 @@ class TrainConfig(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 20
     # denoising steps of each trajectory that are trained, drawn at random
     train_steps_per_sample: PositiveInt = 10
+    # the first so many steps of a path carry the reward and are all trained; the others count in the KL alone, a
+    # random few of them per sample. 0 is all steps. What a reward sees of a layout is decided in the first steps.
+    rewarded_steps: Annotated[int, Field(ge=0)] = 0
     # classifier-free guidance of rollouts and of the policy; 1 is off and halves the cost
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     # guidance of the held-out evaluation: what the adapter is served with
@@ -85,6 +88,11 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"train_steps_per_sample is {self.train_steps_per_sample}: at most num_inference_steps "
                 f"({self.num_inference_steps})"
+            )
+        if self.rewarded_steps >= self.train_steps_per_sample:
+            raise ValueError(
+                f"rewarded_steps is {self.rewarded_steps}: fewer than train_steps_per_sample "
+                f"({self.train_steps_per_sample}), so that later steps are trained too and count in the KL"
             )
         if self.updates_per_iteration > self.train_steps_per_sample:
             raise ValueError(

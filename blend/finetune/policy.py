@@ -1,6 +1,6 @@
 """The trained policy: a denoising transition under the adapter and under the base, on the same UNet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,6 +29,7 @@ class Transitions:
     sample: Tensor  # [M] index of the sample in the global batch
     step: Tensor  # [M] number of the denoising step
     slot: Tensor  # [M] place among the trained steps of its sample: decides which update takes it
+    weight: Tensor  # [M] number of the path's steps that this one stands for
     text: Tensor  # [M] row of the prompt embeddings
 
     def __len__(self) -> int:
@@ -39,24 +40,25 @@ class Transitions:
         return Transitions(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @classmethod
-    def of(cls, scored: Scored, steps: Sequence[Sequence[int]]) -> "Transitions":
-        """The trained `steps` [N][S] of N recorded paths; `text` counts the samples' places in `scored`."""
+    def of(cls, scored: Scored, steps: Sequence[Mapping[int, float]]) -> "Transitions":
+        """The trained `steps` {step: weight} of N recorded paths; `text` counts the samples' places in `scored`."""
         rows = [
-            (place, request.index, step, slot)
+            (place, request.index, step, slot, weight)
             for place, (request, chosen) in enumerate(zip(scored.requests, steps, strict=True))
-            for slot, step in enumerate(chosen)
+            for slot, (step, weight) in enumerate(chosen.items())
         ]
         paths = scored.trajectories
         device = paths[0].latents.device
         return cls(
-            latents=torch.stack([paths[place].latents[step] for place, _, step, _ in rows]),
-            prev_latents=torch.stack([paths[place].latents[step + 1] for place, _, step, _ in rows]),
-            timesteps=torch.stack([paths[place].timesteps[step] for place, _, step, _ in rows]).to(device),
-            prev_timesteps=torch.stack([paths[place].prev_timesteps[step] for place, _, step, _ in rows]).to(device),
-            log_probs=torch.stack([paths[place].log_probs[step] for place, _, step, _ in rows]),
+            latents=torch.stack([paths[place].latents[step] for place, _, step, _, _ in rows]),
+            prev_latents=torch.stack([paths[place].latents[step + 1] for place, _, step, _, _ in rows]),
+            timesteps=torch.stack([paths[place].timesteps[step] for place, _, step, _, _ in rows]).to(device),
+            prev_timesteps=torch.stack([paths[place].prev_timesteps[step] for place, _, step, _, _ in rows]).to(device),
+            log_probs=torch.stack([paths[place].log_probs[step] for place, _, step, _, _ in rows]),
             sample=torch.tensor([row[1] for row in rows], device=device),
             step=torch.tensor([row[2] for row in rows], device=device),
             slot=torch.tensor([row[3] for row in rows], device=device),
+            weight=torch.tensor([row[4] for row in rows], device=device),
             text=torch.tensor([row[0] for row in rows], device=device),
         )
 

@@ -80,10 +80,16 @@ def plan_held_out(config: TrainConfig, prompts: Sequence[str]) -> list[Request]:
     ]
 
 
-def choose_steps(config: TrainConfig, iteration: int, index: int, trainable: Sequence[int]) -> list[int]:
-    """The trained steps of sample `index`: a random subset, in random order, of the trainable ones."""
-    order = keyed_permutation(len(trainable), config.seed, "steps", iteration, index)
-    return [trainable[i] for i in order[: config.train_steps_per_sample]]
+def choose_steps(config: TrainConfig, iteration: int, index: int, trainable: Sequence[int]) -> dict[int, float]:
+    """The trained steps of sample `index`, in random order, with the number of trainable steps each stands for.
+
+    Every rewarded step, which stands for itself, and a random subset of the others (of all, when rewarded_steps is 0).
+    """
+    first = list(trainable[: config.rewarded_steps])
+    rest = trainable[config.rewarded_steps :]
+    order = keyed_permutation(len(rest), config.seed, "steps", iteration, index)
+    drawn = [rest[i] for i in order[: config.train_steps_per_sample - len(first)]]
+    return dict.fromkeys(drawn, len(rest) / max(1, len(drawn))) | dict.fromkeys(first, 1.0)
 
 
 class Sampler:

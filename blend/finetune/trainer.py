@@ -147,15 +147,14 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimiser step over the transitions whose slot falls to this update, in micro-batches."""
         mine = (transitions.slot % self.config.updates_per_iteration == update).nonzero().flatten()
-        counted = torch.tensor([float(len(mine))])
-        total = int(self.workgroup.sum_(counted).item())
+        total = self.workgroup.sum_(transitions.weight[mine].sum().reshape(1).cpu()).item()
         flags = torch.zeros(len(plan), self.config.num_inference_steps)
         sums = torch.zeros(4, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         size = max(1, self.config.micro_batch_rows // self.policy.rows_per_transition)
         for index in mine.split(size):
             part = transitions.select(index)
-            loss, kl, deviation, clipped = self._losses(part, text[part.text], gains[index])
+            loss, kl, deviation, clipped = (part.weight * v for v in self._losses(part, text[part.text], gains[index]))
             # times D: the gradient of J per step, of a size that Adam's epsilon and grad_clip are made for
             (loss.sum() * part.latents[0].numel() / total).backward()
             flags[part.sample.cpu(), part.step.cpu()] += (~loss.detach().isfinite()).float().cpu()
@@ -187,6 +186,8 @@ class Trainer:
             base_mean, _ = self.policy.transition(part, text, mix=0.0)
         kl = transition_kl(mean, base_mean, std)
         gains = gains * (std >= REWARDED_STD)
+        if self.config.rewarded_steps:
+            gains = gains * (part.step < self.config.rewarded_steps)
         policy_loss = self.objective.policy_loss(log_prob, part.log_probs, gains, self.config.clip_range)
         deviation = (torch.exp(log_prob - part.log_probs) - 1).abs()
         elements = mean[0].numel()

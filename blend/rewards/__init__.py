@@ -41,6 +41,12 @@ def _compressibility() -> Reward:
     return Compressibility()
 
 
+def _brightness() -> Reward:
+    from blend.rewards.brightness import Brightness
+
+    return Brightness()
+
+
 def _alignment() -> Reward:
     from blend.rewards.alignment import Alignment
 
@@ -50,6 +56,7 @@ def _alignment() -> Reward:
 _FACTORIES: dict[str, Callable[[], Reward]] = {
     "colourfulness": _colourfulness,
     "compressibility": _compressibility,
+    "brightness": _brightness,
     "alignment": _alignment,
 }
 REWARDS = tuple(_FACTORIES)

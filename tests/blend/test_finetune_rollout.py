@@ -1,5 +1,6 @@
 """What an iteration makes: prompts, seeds and trained steps follow from the settings, not from the workers."""
 
+import pytest
 import torch
 
 from blend.finetune.config import TrainConfig
@@ -47,8 +48,23 @@ def test_a_batch_depends_on_seed_and_iteration_only():
 
 def test_trained_steps_are_a_random_subset():
     config = TrainConfig.parse({**SETTINGS, "num_inference_steps": 10, "train_steps_per_sample": 4})
-    chosen = [choose_steps(config, 0, index, range(9)) for index in range(200)]
+    drawn = [choose_steps(config, 0, index, range(9)) for index in range(200)]
+    assert all(set(weights.values()) == {9 / 4} for weights in drawn)
+    chosen = [list(weights) for weights in drawn]
     assert all(len(set(steps)) == 4 for steps in chosen)
     counts = torch.bincount(torch.tensor(chosen).flatten(), minlength=10)
     assert counts[9] == 0
     assert counts[:9].min() > 60
+
+
+def test_rewarded_steps_are_all_trained_and_the_drawn_others_stand_for_the_rest():
+    config = TrainConfig.parse(
+        {**SETTINGS, "num_inference_steps": 10, "train_steps_per_sample": 5, "rewarded_steps": 3}
+    )
+    for index in range(50):
+        weights = choose_steps(config, 0, index, range(9))
+        assert len(weights) == 5
+        assert [weights[step] for step in range(3)] == [1.0] * 3
+        assert sum(weights.values()) == pytest.approx(9)
+    others = {step for index in range(50) for step in choose_steps(config, 0, index, range(9))}
+    assert others == set(range(9))
