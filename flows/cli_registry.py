@@ -99,6 +99,27 @@ def rollback(
 
 
 @registry_app.command()
+def bundle(
+    name: NameArgument,
+    adapters: Annotated[list[str], typer.Argument(metavar="[BASIS=]ADAPTER...", help="As colourfulness or vivid=a@3.")],
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Served unless a request says otherwise.")],
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps, likewise.")],
+    store: StoreOption = "",
+) -> None:
+    """Join published adapters of one base into a bundle, the unit that is served; `promote` it next."""
+    from infra.manifests import BundleDefaults
+
+    registry = _registry(_settings(store))
+    named = (text.rpartition("=") for text in adapters)
+    records = {basis or ref.partition("@")[0]: registry.get_adapter(ref) for basis, _, ref in named}
+    if len(records) < len(adapters):
+        raise typer.BadParameter(f"{' '.join(adapters)} names a basis twice: write BASIS=ADAPTER with distinct names")
+    defaults = BundleDefaults(guidance_scale=guidance_scale, num_inference_steps=steps)
+    base = next(iter(records.values())).base
+    typer.echo(f"Published {registry.publish_bundle(name, base, records, defaults=defaults).ref}")
+
+
+@registry_app.command()
 def doctor(store: StoreOption = "") -> None:
     """Check that the store honours conditional writes, and that everything in it is whole."""
     from rich.console import Console

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from blend.rewards import REWARDS, Reward, RewardError, load_reward
+from blend.rewards.brightness import SATURATION as BRIGHTNESS_SATURATION
+from blend.rewards.brightness import brightness
 from blend.rewards.colourfulness import SATURATION, colourfulness
 from blend.sprites import captions
 from blend.sprites.codec import render_batch
@@ -69,6 +71,17 @@ def test_colourfulness_is_differentiable():
     assert image.grad.abs().sum() > 0
 
 
+def test_brightness_is_the_mean_luma():
+    red, white = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    red[:, 0] = 1
+    scores = load_reward("brightness")(torch.cat([red, white, 0.5 * white]), [""] * 3)
+    assert scores.tolist() == pytest.approx([0.299, BRIGHTNESS_SATURATION, 0.5], rel=1e-5)
+
+
+def test_brightness_saturates_near_the_95th_percentile_of_the_data(scenes):
+    assert np.percentile(brightness(scenes), 95) == pytest.approx(BRIGHTNESS_SATURATION, rel=0.03)
+
+
 def test_compressibility_is_minus_the_jpeg_size_in_kilobytes():
     flat = torch.full((1, 3, 64, 64), 0.5)
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -77,9 +90,10 @@ def test_compressibility_is_minus_the_jpeg_size_in_kilobytes():
     assert busy < 4 * plain
 
 
-def test_colourfulness_and_compressibility_conflict(scenes):
+@pytest.mark.parametrize("other", ["compressibility", "brightness"])
+def test_colourfulness_conflicts_with_the_other_basis_rewards(scenes, other):
     prompts = [""] * len(scenes)
-    table = np.stack([load_reward(name)(scenes, prompts) for name in ("colourfulness", "compressibility")])
+    table = np.stack([load_reward(name)(scenes, prompts) for name in ("colourfulness", other)])
     assert np.corrcoef(table)[0, 1] < -0.1
 
 

@@ -124,3 +124,22 @@ def test_an_error_is_one_line_and_exit_code_2(run: Run, words: list[str], messag
     assert message in errors
     assert len(errors.strip().splitlines()) == 1
     assert output == ""
+
+
+def test_bundle_joins_adapters_under_their_names_or_new_ones(run: Run, store_url: str, tiny_adapters: dict[str, str]):
+    one, other = sorted(tiny_adapters)[:2]
+    words = ("bundle", "mine", one, f"second={other}@1", "--guidance-scale", "2", "--steps", "7")
+    assert run(*words) == (0, "Published mine@1\n", "")
+    record = Registry(open_store(store_url)).get_bundle("mine@1")
+    assert set(record.adapters) == {one, "second"}
+    assert (record.defaults.guidance_scale, record.defaults.num_inference_steps) == (2, 7)
+    assert run(*words)[1] == "Published mine@1\n", "the same adapters again are the version that is there"
+
+
+def test_bundle_refuses_what_is_not_there_and_names_given_twice(run: Run, tiny_adapters: dict[str, str]):
+    name = min(tiny_adapters)
+    settings = ("--guidance-scale", "2", "--steps", "7")
+    code, _, errors = run("bundle", "mine", "nowhere", *settings)
+    assert (code, "nowhere" in errors) == (2, True)
+    code, _, errors = run("bundle", "mine", name, f"{name}={name}@1", *settings)
+    assert (code, "twice" in errors) == (2, True)
