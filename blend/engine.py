@@ -110,7 +110,8 @@ class BlendEngine:
             raise RuntimeError("run() needs an idle engine: step() the samples in flight to their end first")
         runs = [start(next(self._tickets), sample, self.model, self.bank.names) for sample in samples]
         self._waiting.extend(runs)
-        total, outputs = sum(r.total for r in runs), {}
+        total = sum(r.total for r in runs)
+        outputs: dict[int, Output] = {}
         try:
             while not self.idle:
                 outputs.update(self.step())

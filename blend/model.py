@@ -33,7 +33,7 @@ class DiffusionModel:
     """One loaded base model; weights frozen, in evaluation mode. Its adapters live in an AdapterBank over `unet`."""
 
     unet: nn.Module
-    vae: nn.Module
+    vae: Any
     text_encoder: nn.Module
     tokenizer: Any
     scheduler: Any  # DDIMScheduler made from the directory's own scheduler config; read, never stepped

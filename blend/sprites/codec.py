@@ -41,14 +41,15 @@ def build_codec(latent_channels: int = LATENT_CHANNELS, width: int = 32) -> Auto
 def save_codec(codec: AutoencoderTiny, directory: Path) -> None:
     """Write the autoencoder in diffusers' format."""
     codec.save_pretrained(directory)
-    drop_unknown_key(directory)
+    clean_config(directory)
 
 
-def drop_unknown_key(directory: Path) -> None:
-    """diffusers writes block_out_channels into an AutoencoderTiny's config and warns of it on reading."""
+def clean_config(directory: Path) -> None:
+    """Drop where the weights came from, and block_out_channels, which diffusers writes and then warns of."""
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
+    for key in ("_name_or_path", "block_out_channels"):
+        config.pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from blend.sprites.captions import COLOURS, OBJECTS, pair_prompts, single_prompts
-from blend.sprites.codec import drop_unknown_key
+from blend.sprites.codec import clean_config
 from blend.sprites.judge import Judge
 from blend.sprites.pretrain import Pretrainer, build_scheduler
 
@@ -36,7 +36,7 @@ def export_base(trainer: Pretrainer, codec: AutoencoderTiny, directory: Path) ->
     )
     pipeline.to(torch.float16)
     pipeline.save_pretrained(directory)
-    drop_unknown_key(directory / "vae")
+    clean_config(directory / "vae")
     return load_base(directory)
 
 
