@@ -25,9 +25,18 @@ from blend.sprites.export import load_base, measure_base
 from blend.sprites.judge import load_judge, measure_accuracy
 from infra.settings import read_settings
 from workers.bundles import load_engine, open_bundle
+from workers.evaluation.pictures import grid_png
 
 PROMPTS = 48
 SEEDS = 4
+PICTURED = ("colourfulness", "compressibility", "brightness")
+PROMPTS_PICTURED = (
+    "A red colored car.",
+    "A blue colored cat.",
+    "An orange bird and a purple umbrella.",
+    "A green colored cup.",
+    "A white boat and a red house.",
+)
 
 
 def measure_drawing() -> dict[str, Any]:
@@ -72,6 +81,32 @@ def measure_gains() -> dict[str, dict[str, float]]:
     return gains
 
 
+def draw_preferences(path: Path) -> None:
+    """The picture of what the dials do: one row per preference, the same prompts and seeds in each."""
+    engine = load_engine(open_bundle(settings=read_settings()))
+    first, second, third = PICTURED
+    dials = {
+        "base model": ({first: 1.0}, 0.0),
+        **{f"{name} · alone": ({name: 1.0}, 1.0) for name in PICTURED},
+        f"half and half · {first}, {second}": ({first: 0.5, second: 0.5}, 1.0),
+        f"half and half · {first}, {third}": ({first: 0.5, third: 0.5}, 1.0),
+        f"half and half · {second}, {third}": ({second: 0.5, third: 0.5}, 1.0),
+        "a third each": (dict.fromkeys(PICTURED, 1 / 3), 1.0),
+        f"{first} · lambda 0.5": ({first: 1.0}, 0.5),
+        f"{first} · lambda 1.5": ({first: 1.0}, 1.5),
+    }
+    samples = [
+        Sample(prompt, Preference(weights=weights, kl_lambda=kl_lambda), seed=column)
+        for weights, kl_lambda in dials.values()
+        for column, prompt in enumerate(PROMPTS_PICTURED)
+    ]
+    images = engine.decode([output.latents for output in engine.run(samples)])
+    pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    places = [(row, column) for row in range(len(dials)) for column in range(len(PROMPTS_PICTURED))]
+    pictures = dict(zip(places, pixels, strict=True))
+    path.write_bytes(grid_png(pictures, dict(enumerate(dials)), dict(enumerate(PROMPTS_PICTURED))))
+
+
 def time_demo() -> float:
     """Seconds of a demo in a directory of its own, from the command to its end."""
     script = Path(sys.executable).parent / "diffusion-blend"
@@ -95,6 +130,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures = measure_drawing() | {"reward_gain": measure_gains()}
     figures["demo_seconds"] = last_demo() if skip_demo else round(time_demo(), 1)
+    draw_preferences(RESULTS / "preferences.png")
     write_figures("main_job", figures)
 
 
