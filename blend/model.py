@@ -106,9 +106,10 @@ class DiffusionModel:
         Raises ModelError when the model's schedule has no such number of steps.
         """
         steps, limit = num_inference_steps, int(self.scheduler.config.num_train_timesteps)
+        # before the cache is asked: True and 1.0 are the same key as 1
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:
+            raise ModelError(f"num_inference_steps is {steps!r}: use an integer from 1 to {limit}")
         if steps not in self._timesteps:
-            if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= limit:
-                raise ModelError(f"num_inference_steps is {steps!r}: use an integer from 1 to {limit}")
             self.scheduler.set_timesteps(steps)
             timesteps = self.scheduler.timesteps.cpu().long()
             if int(timesteps.max()) >= limit:
