@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-import torch
 from safetensors.torch import save_file
 
 from blend.rewards import alignment
@@ -19,7 +18,6 @@ from blend.sprites.export import (
     STEPS,
     draw_sheet,
     export_base,
-    load_base,
     measure_base,
     sample,
     sheet_prompts,
@@ -104,12 +102,6 @@ def _draw_losses(losses: list[tuple[int, float]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="noise prediction error", yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-
-
-def measure_shipped(directory: Path, *, guidance_scale: float = GUIDANCE_SCALE) -> dict[str, Any]:
-    """The judge's figures of a base model directory, for the benchmark."""
-    with torch.no_grad():
-        return measure_base(load_base(directory), judging.load_judge(), guidance_scale=guidance_scale)
 
 
 _CARD = """---

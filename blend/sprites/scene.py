@@ -74,7 +74,7 @@ def _background(rng: random.Random) -> Image.Image:
     if kind == "horizon":
         canvas.rectangle([0, rng.uniform(0.5, 0.8) * side, side, side], fill=other)
     elif kind == "checks":
-        _tile(canvas, other, step=side // rng.choice((4, 8)), alternate=True)
+        _checks(canvas, other, step=side // rng.choice((4, 8)))
     elif kind == "stripes":
         step = side // rng.choice((4, 8))
         for start in range(0, side, 2 * step):
@@ -84,11 +84,11 @@ def _background(rng: random.Random) -> Image.Image:
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def _tile(canvas: ImageDraw.ImageDraw, fill: RGB, *, step: int, alternate: bool) -> None:
+def _checks(canvas: ImageDraw.ImageDraw, fill: RGB, *, step: int) -> None:
     side = SIZE * _OVERSAMPLE
     for row, top in enumerate(range(0, side, step)):
         for column, left in enumerate(range(0, side, step)):
-            if (row + column) % 2 or not alternate:
+            if (row + column) % 2:
                 canvas.rectangle([left, top, left + step - 1, top + step - 1], fill=fill)
 
 
