@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo            fine-tune, register, evaluate, deploy and request one image (about 8 minutes)"
+	@echo "make demo            fine-tune, register, evaluate, deploy and request one image (3 minutes on two free cores)"
 	@echo "make test            the whole test suite"
 	@echo "make check           ruff, mypy, import contracts (with CI set also the wheel)"
 	@echo "make bench [BENCH=x] benchmarks; figures go to tests/bench/results/"
