@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from blend.rewards import RewardError, check_images
 from blend.sprites.captions import COLOURS, OBJECTS
-from blend.sprites.vision import ImageEncoder
+from blend.sprites.vision import ImageEncoder, load_half
 
 WEIGHTS = Path(__file__).parent / "alignment.safetensors"
 EMBEDDING = 64
@@ -70,7 +69,7 @@ class Alignment:
     def shipped(cls) -> Alignment:
         """The encoder that comes with the package."""
         encoder = DualEncoder()
-        encoder.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
+        load_half(encoder, WEIGHTS)
         return cls(encoder)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

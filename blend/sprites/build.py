@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-from safetensors.torch import save_file
 
 from blend.rewards import alignment
 from blend.sprites import judge as judging
@@ -31,6 +30,7 @@ from blend.sprites.pretrain import (
     refine_decoder,
 )
 from blend.sprites.train_alignment import measure_alignment, train_alignment
+from blend.sprites.vision import save_half
 
 
 def build_base(plan: PretrainPlan, work: Path, output: Path, progress: Progress) -> dict[str, Any]:
@@ -63,15 +63,14 @@ def describe_base(pipeline: Any, output: Path) -> dict[str, Any]:
 def build_judge(progress: Progress, steps: int = 2500) -> dict[str, float]:
     """Train the judge and write its weights into the package; returns its accuracy on unseen renders."""
     judge = judging.train_judge(steps=steps, on_step=lambda step, loss: progress("judge", step + 1, steps, loss))
-    judging.save_judge(judge)
+    save_half(judge, judging.WEIGHTS)
     return judging.measure_accuracy(judging.load_judge())
 
 
 def build_alignment(progress: Progress, steps: int = 3000) -> dict[str, float]:
     """Train the alignment reward's encoder and write its weights into the package; returns how often it is right."""
     encoder = train_alignment(steps=steps, on_step=lambda step, loss: progress("alignment", step + 1, steps, loss))
-    half = {name: tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(half, alignment.WEIGHTS)
+    save_half(encoder, alignment.WEIGHTS)
     return measure_alignment(alignment.Alignment.shipped().encoder)
 
 

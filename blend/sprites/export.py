@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from blend.sprites.captions import COLOURS, OBJECTS, pair_prompts, single_prompts
+from blend.sprites.captions import COLOURS, OBJECTS, Thing, pair_prompts, single_prompts, write_caption
 from blend.sprites.codec import clean_config
 from blend.sprites.judge import Judge
 from blend.sprites.pretrain import Pretrainer, build_scheduler
@@ -111,10 +111,7 @@ def draw_sheet(pictures: Tensor, *, columns: int = 10, scale: int = 2) -> Image.
 
 def sheet_prompts() -> list[str]:
     """One prompt per object for the sample sheet's two first rows, then ten with two objects."""
-    singles = [
-        f"{'An' if COLOURS[i % 10][0] in 'o' else 'A'} {COLOURS[i % 10]} colored {name}."
-        for i, name in enumerate(OBJECTS)
-    ]
+    singles = [write_caption((Thing(COLOURS[index % len(COLOURS)], name),)) for index, name in enumerate(OBJECTS)]
     return [*singles, *single_prompts("test")[:4], *pair_prompts("test", 10)]
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blend.sprites.captions import COLOURS, OBJECTS, Thing, parse_caption
+from blend.sprites.captions import COLOURS, OBJECTS, Thing, parse_caption, write_caption
 from blend.sprites.scene import render_things
-from blend.sprites.vision import ImageEncoder, any_things, disturb
+from blend.sprites.vision import ImageEncoder, any_things, disturb, load_half
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 
@@ -67,7 +66,7 @@ def _judge_one(colours: Tensor, objects: Tensor, prompt: str) -> tuple[bool, boo
 def load_judge(path: Path = WEIGHTS) -> Judge:
     """The shipped judge."""
     judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    load_half(judge, path)
     return judge.eval()
 
 
@@ -95,19 +94,12 @@ def train_judge(
 def measure_accuracy(judge: Judge, *, count: int = 1000, seed: int = 99) -> dict[str, float]:
     """Share of unseen, undisturbed renders whose colours, objects and all facts are named right."""
     images, things = render_any(count, random.Random(seed))
-    from blend.sprites.captions import write_caption
-
     verdict = judge.judge(images, [write_caption(group) for group in things])
     return {
         "colours": float(verdict.colours.float().mean()),
         "objects": float(verdict.objects.float().mean()),
         "all": float(verdict.binding.float().mean()),
     }
-
-
-def save_judge(judge: Judge, path: Path = WEIGHTS) -> None:
-    """Write the weights in half precision."""
-    save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, path)
 
 
 def render_any(count: int, rng: random.Random) -> tuple[Tensor, list[tuple[Thing, ...]]]:

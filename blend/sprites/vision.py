@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,6 +35,16 @@ class ImageEncoder(nn.Module):
 
 def _stage(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(8, outputs), nn.SiLU())
+
+
+def save_half(module: nn.Module, path: Path) -> None:
+    """Write a module's weights in half precision."""
+    save_file({name: tensor.detach().half().contiguous() for name, tensor in module.state_dict().items()}, path)
+
+
+def load_half(module: nn.Module, path: Path) -> None:
+    """Read what `save_half` wrote into a float32 module of the same shape."""
+    module.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
 
 
 def any_things(rng: random.Random, *, pair_share: float) -> tuple[Thing, ...]:

@@ -12,9 +12,10 @@ from diffusers import StableDiffusionPipeline
 from blend.sprites import build
 from blend.sprites.codec import build_codec, train_codec
 from blend.sprites.export import draw_sheet, load_base, sample
-from blend.sprites.judge import load_judge, measure_accuracy
+from blend.sprites.judge import Judge, load_judge, measure_accuracy
 from blend.sprites.pretrain import Pretrainer, PretrainPlan, learning_rate_factor
 from blend.sprites.tokenizer import MAX_TOKENS
+from blend.sprites.vision import load_half, save_half
 
 PLAN = PretrainPlan(codec_steps=2, decoder_steps=2, scenes=64, steps=6, batch=4)
 
@@ -110,3 +111,13 @@ def test_shipped_base_follows_its_prompts():
     verdict = load_judge().judge(sample(load_base(base_model_path()), prompts, seed=5), prompts)
     assert verdict.colours.float().mean() >= 0.8
     assert verdict.objects.float().mean() >= 0.7
+
+
+def test_weights_kept_in_half_precision_read_back_as_float32(tmp_path):
+    torch.manual_seed(0)
+    written, read = Judge(), Judge()
+    save_half(written, tmp_path / "judge.safetensors")
+    load_half(read, tmp_path / "judge.safetensors")
+    for one, other in zip(written.parameters(), read.parameters(), strict=True):
+        assert other.dtype == torch.float32
+        assert torch.equal(other, one.half().float())
