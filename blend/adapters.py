@@ -1,23 +1,21 @@
 """K basis LoRA adapters on one base UNet, a different mixture of them on every row of one batch.
 
-Each adapted nn.Linear computes base(x) + ((x A^T) * mix) B^T, with A [K r, in] and B [out, K r] stacked over the K
-adapters and mix [rows, K] repeated over their ranks. A one-hot row is that adapter, a row of zeros is the base, and a
-row w is the soup W + sum_i w_i scale_i B_i A_i: products are mixed, never factors.
+A one-hot row of `mix` is that adapter, a row of zeros is the base, and a row w is the soup
+W + sum_i w_i scale_i B_i A_i: products are mixed, never factors. The arithmetic is in low_rank.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from blend.lora_file import BASE_HASH_KEY, AdapterError, LoraLayer, read_lora, write_lora
+from blend.low_rank import Factors, Stack, call_of, shares_of, wrap
+from blend.text_kv import TextKV, encode_text, text_layers
 
 __all__ = ["ATTENTION_TARGETS", "AdapterBank", "AdapterError"]
 
@@ -34,11 +32,13 @@ class AdapterBank:
         """
         self.unet = unet
         self._base_hash = base_hash
-        self._modules = dict(unet.named_modules())
+        self._call = call_of(unet)
         self._adapters: dict[str, dict[str, LoraLayer]] = {}
-        self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self._stacks: dict[str, _Stack] = {}
-        self._mix: _Mix | None = None
+        self._stacks: dict[str, Stack] = {}
+        self._text_layers = text_layers(unet)
+        for layer in self._text_layers:
+            wrap(unet, layer, self._call)
+        self._modules = dict(unet.named_modules())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,23 +130,70 @@ class AdapterBank:
             header.setdefault(BASE_HASH_KEY, self._base_hash)
         return write_lora(directory, self._layers_of(name), header)
 
-    def forward(self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, mix: Tensor) -> Tensor:
+    @property
+    def trainable(self) -> bool:
+        """True when an adapter may still change."""
+        return any(stack.trainable for stack in self._stacks.values())
+
+    def encode_text(self, embeds: Tensor) -> TextKV:
+        """Return keys and values of the text rows `embeds` [P, L, D], for `forward`.
+
+        They hold for the adapters as they are now: encode again after load, remove or a training step.
+        """
+        layers = {name: self._linear(name, "text") for name in self._text_layers}
+        with torch.no_grad():
+            return encode_text(layers, self._factors(), len(self._adapters), embeds)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        mix: Tensor,
+        text: TextKV | None = None,
+        text_rows: Tensor | None = None,
+    ) -> Tensor:
         """Return the UNet's prediction [R, C, h, w], adapters mixed per row.
 
         sample [R, C, h, w], timesteps [R], encoder_hidden_states [R, L, D], mix [R, K] in the order of `names`.
-        Gradients reach the trainable adapters.
+        Gradients reach the trainable adapters. With `text`, row r takes the keys and values of its text row
+        text_rows[r] [R] from there; AdapterError while an adapter is in training, which would leave them behind.
         """
-        if mix.shape != (sample.shape[0], len(self._adapters)):
-            raise AdapterError(f"mix has shape {tuple(mix.shape)}: use {(sample.shape[0], len(self._adapters))}")
+        self.check_mix(mix, sample.shape[0])
+        if text is not None and self.trainable:
+            raise AdapterError("keys and values kept for the text do not follow training: leave out `text`")
+        lines = None if text is None or text_rows is None else text.mixed(text_rows, mix)
         # rows of the base alone need no adapter arithmetic; looking costs a synchronisation on a GPU
         idle = mix.shape[1] == 0 or (mix.device.type == "cpu" and not mix.any())
-        previous, self._mix = self._mix, None if idle else _Mix(mix.to(sample.device))
+        outputs = {} if text is None or lines is None else text.outputs(lines)
+        return self.predict(sample, timesteps, encoder_hidden_states, None if idle else mix.to(sample.device), outputs)
+
+    def check_mix(self, mix: Tensor, rows: int) -> None:
+        """Raise AdapterError unless mix is [rows, K]."""
+        if mix.shape != (rows, len(self._adapters)):
+            raise AdapterError(f"mix has shape {tuple(mix.shape)}: use {(rows, len(self._adapters))}")
+
+    def predict(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        mix: Tensor | None,
+        outputs: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Run the UNet with mix [R, K] on its device, None for the base alone; outputs as TextKV.outputs gives them.
+
+        Neither copies from the host nor waits for the device, so that it can be compiled and captured in a graph.
+        """
+        factors = {} if mix is None else self._factors()
+        self._call.factors, self._call.outputs = factors, outputs
+        self._call.shares = {} if mix is None else shares_of(mix, factors)
         try:
             prediction: Tensor = self.unet(
                 sample, timesteps, encoder_hidden_states=encoder_hidden_states, return_dict=False
             )[0]
         finally:
-            self._mix = previous
+            self._call.clear()
         return prediction
 
     def _check_new(self, name: str) -> None:
@@ -174,72 +221,18 @@ class AdapterBank:
         self._rewire()
 
     def _rewire(self) -> None:
-        adapted = {layer for layers in self._adapters.values() for layer in layers}
-        for layer in self._hooks.keys() - adapted:
-            self._hooks.pop(layer).remove()
-        for layer in adapted - self._hooks.keys():
-            self._hooks[layer] = self._modules[layer].register_forward_hook(partial(self._add_delta, layer))
-        self._stacks = {
-            layer: _Stack([(k, layers[layer]) for k, layers in enumerate(self._adapters.values()) if layer in layers])
-            for layer in adapted
-        }
+        stacks: dict[str, list[tuple[int, LoraLayer]]] = {}
+        for column, layers in enumerate(self._adapters.values()):
+            for layer, factors in layers.items():
+                stacks.setdefault(layer, []).append((column, factors))
+        for layer in stacks:
+            wrap(self.unet, layer, self._call)
+        self._modules = dict(self.unet.named_modules())
+        self._stacks = {layer: Stack(members, members[0][1].up.device) for layer, members in stacks.items()}
 
-    def _add_delta(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self._mix is None:
-            return None
-        stack, x = self._stacks[layer], args[0]
-        down, up = stack.factors(x.dtype)
-        share, masked = self._mix.columns(stack.columns, x)
-        hidden = functional.linear(x, down) * share
-        # an overflow in an adapter that a row does not use must stay out of that row: 0 * inf is not 0
-        return output + functional.linear(hidden.masked_fill(masked, 0.0), up)
+    def _factors(self) -> dict[str, Factors]:
+        return {layer: stack.factors(self._modules[layer].weight.dtype) for layer, stack in self._stacks.items()}
 
 
 def _targets(layer: str, target: str) -> bool:
     return layer == target or layer.endswith(f".{target}")
-
-
-class _Stack:
-    """The adapters of one layer, stacked; kept for inference and rebuilt when a trainable factor has changed."""
-
-    def __init__(self, members: list[tuple[int, LoraLayer]]) -> None:
-        self.columns = tuple(k for k, factors in members for _ in range(factors.rank))
-        self._members = [factors for _, factors in members]
-        self._trainable = [f for m in self._members for f in (m.down, m.up) if isinstance(f, nn.Parameter)]
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._kept_for: tuple[Any, ...] = ()
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A [K r, in] and B [out, K r], the scales folded into B."""
-        if self._trainable and torch.is_grad_enabled():
-            return self._build(dtype)
-        # a parameter's version counts its in-place updates; writes through .data escape it
-        version = (dtype, *((factor._version, factor.data_ptr()) for factor in self._trainable))
-        if self._kept is None or version != self._kept_for:
-            # tensors made in inference mode could not be used by a later backward pass
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept, self._kept_for = self._build(dtype), version
-        return self._kept
-
-    def _build(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        down = torch.cat([member.down for member in self._members])
-        up = torch.cat([member.up * member.scale for member in self._members], dim=1)
-        return down.to(dtype), up.to(dtype)
-
-
-class _Mix:
-    """One forward's mix, repeated over ranks once per distinct layout of columns."""
-
-    def __init__(self, mix: Tensor) -> None:
-        self._mix = mix
-        self._columns: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-
-    def columns(self, columns: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return share and masked, each [R, 1.., K r], to broadcast against x [R, .., in]."""
-        key = (columns, x.dim(), x.dtype)
-        if key not in self._columns:
-            index = torch.tensor(columns, device=self._mix.device)
-            share = self._mix.index_select(1, index).to(x.dtype)
-            share = share.view(share.shape[0], *[1] * (x.dim() - 2), share.shape[1])
-            self._columns[key] = (share, share == 0)
-        return self._columns[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -82,8 +84,6 @@ def test_a_row_of_weights_is_the_unet_with_merged_products(tiny_bank, tiny_model
         for name, layer in read_lora(path).layers.items():
             target = merged.get_submodule(name)
             target.weight.data += weight * layer.scale * layer.up @ layer.down
-    for module in merged.modules():
-        module._forward_hooks.clear()
     expected = merged(inputs[0], inputs[1], encoder_hidden_states=inputs[2]).sample.detach()
     mixed = blended(tiny_bank, torch.tensor([weights] * ROWS), inputs)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
@@ -106,6 +106,27 @@ def test_what_diffusers_writes_is_read_as_diffusers_reads_it(fresh_bank, tiny_sd
     fresh_bank.load("x", path)
     expected = with_diffusers(tiny_sd_dir, path, inputs)
     torch.testing.assert_close(blended(fresh_bank, torch.ones(ROWS, 1), inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_mixed_batch_is_pefts_own_mixed_batch(tiny_bank, tiny_sd_dir, adapter_dirs, inputs):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, safety_checker=None)
+    for name, path in adapter_dirs.items():
+        pipeline.load_lora_weights(path, weight_name=WEIGHT_NAME, adapter_name=name)
+    hooks = [
+        module.register_forward_pre_hook(partial(name_adapters, ["b", "__base__", "c", "a"]), with_kwargs=True)
+        for module in pipeline.unet.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    with torch.no_grad():
+        expected = pipeline.unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2]).sample
+    assert hooks
+    mix = torch.tensor([[0.0, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0]])
+    torch.testing.assert_close(blended(tiny_bank, mix, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def name_adapters(names: list[str], module, args, kwargs):
+    return args, {**kwargs, "adapter_names": names}
 
 
 def test_without_metadata_alpha_is_the_rank(fresh_bank, tiny_sd_dir, tmp_path, inputs):
@@ -187,7 +208,7 @@ def test_the_seed_of_a_fresh_adapter_decides_its_factors(fresh_bank):
     assert all(a is b for a, b in zip(first, fresh_bank.parameters("x"), strict=True))
 
 
-def test_removing_an_adapter_closes_its_column(fresh_bank, adapter_dirs, inputs):
+def test_removing_an_adapter_closes_its_column(fresh_bank, adapter_dirs, tiny_sd_dir, inputs):
     for name in ("a", "b"):
         fresh_bank.load(name, adapter_dirs[name])
     alone = blended(fresh_bank, torch.tensor([[0.0, 1.0]] * ROWS), inputs)
@@ -195,7 +216,8 @@ def test_removing_an_adapter_closes_its_column(fresh_bank, adapter_dirs, inputs)
     assert fresh_bank.names == ("b",)
     torch.testing.assert_close(blended(fresh_bank, torch.ones(ROWS, 1), inputs), alone, rtol=1e-6, atol=1e-6)
     fresh_bank.remove("b")
-    assert not any(module._forward_hooks for module in fresh_bank.unet.modules())
+    base = load_model(tiny_sd_dir).unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2]).sample
+    assert torch.equal(blended(fresh_bank, torch.zeros(ROWS, 0), inputs), base)
 
 
 def test_an_overflowing_adapter_stays_out_of_the_rows_that_do_not_use_it(

@@ -1,0 +1,134 @@
+"""Keys and values of the text, computed once per (prompt, adapter) instead of at every step.
+
+Cross-attention's to_k and to_v see the prompt alone. Each text row gets a table: what the base makes of it and what
+each adapter adds; a UNet row then looks its keys and values up, or mixes them by its weights.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional
+
+from blend.low_rank import Factors
+
+_KEPT_BYTES = 128 * 2**20  # of the tables of prompts seen before, and of mixed rows between two steps
+
+
+def text_layers(unet: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layers that see the text embeddings as they come: cross-attention's to_k and to_v."""
+    if getattr(unet, "encoder_hid_proj", None) is not None:
+        return ()
+    return tuple(
+        f"{name}.{side}"
+        for name, module in unet.named_modules()
+        if isinstance(module, Attention)
+        and module.is_cross_attention
+        and module.norm_cross is None
+        and module.added_kv_proj_dim is None
+        and not module.fused_projections
+        for side in ("to_k", "to_v")
+        if isinstance(getattr(module, side), nn.Linear)
+    )
+
+
+@dataclass(slots=True)
+class TextKV:
+    """The tables of P text rows."""
+
+    tables: tuple[Tensor, ...]  # P of [K + 1, N]: the base's keys and values of all layers in one line, each delta
+    shapes: Mapping[str, tuple[int, int]]  # layer -> (L, out), in the order of the line
+    _kept: dict[tuple[tuple[int, ...], tuple[float, ...]], Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def cat(parts: Sequence[TextKV]) -> TextKV:
+        """Return the text rows of all parts; copies nothing."""
+        return TextKV(tuple(table for part in parts for table in part.tables), parts[0].shapes)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in self.tables)
+
+    def mixed(self, rows: Tensor, mix: Tensor) -> Tensor:
+        """Return keys and values [R, N] of UNet rows that see text row `rows` [R] under `mix` [R, K], both on the CPU.
+
+        Each row is summed by itself, so that its bits do not depend on the others.
+        """
+        key = tuple(rows.tolist()), tuple(mix.flatten().tolist())
+        lines = self._kept.get(key)
+        if lines is None:
+            lines = self._mix(key[0], mix.tolist())
+            while self._kept and (1 + len(self._kept)) * lines.nbytes > _KEPT_BYTES:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = lines
+        return lines
+
+    def _mix(self, rows: tuple[int, ...], mix: list[list[float]]) -> Tensor:
+        lines = torch.stack([self.tables[row][0] for row in rows])
+        for line, row, weights in zip(lines, rows, mix, strict=True):
+            for delta, weight in zip(self.tables[row][1:], weights, strict=True):
+                if weight != 0:
+                    line.add_(delta, alpha=weight)
+        return lines
+
+    def outputs(self, lines: Tensor) -> dict[str, Tensor]:
+        """Cut lines [R, N] into the outputs [R, L, out] of every layer, as views."""
+        parts = lines.split([length * width for length, width in self.shapes.values()], dim=1)
+        return {layer: part.view(-1, *shape) for (layer, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
+def encode_text(
+    layers: Mapping[str, nn.Linear], factors: Mapping[str, Factors], adapters: int, embeds: Tensor
+) -> TextKV:
+    """Compute the tables of embeds [P, L, D], each row alone, so that its bits do not depend on the others."""
+    shapes = {name: (embeds.shape[1], layer.out_features) for name, layer in layers.items()}
+    tables = []
+    for text in embeds:
+        lines: list[list[Tensor]] = [[] for _ in range(adapters + 1)]
+        for name, layer in layers.items():
+            output = functional.linear(text, layer.weight, layer.bias)
+            lines[0].append(output)
+            for adapter, delta in enumerate(_deltas(text, factors.get(name), adapters)):
+                lines[adapter + 1].append(torch.zeros_like(output) if delta is None else delta)
+        tables.append(torch.stack([torch.cat([part.flatten() for part in line]) for line in lines]))
+    return TextKV(tuple(tables), shapes)
+
+
+def _deltas(text: Tensor, factors: Factors | None, adapters: int) -> list[Tensor | None]:
+    if factors is None:
+        return [None] * adapters
+    hidden = functional.linear(text, factors.down)
+    deltas: list[Tensor | None] = []
+    for adapter in range(adapters):
+        ranks = [rank for rank, column in enumerate(factors.layout) if column == adapter]
+        deltas.append(functional.linear(hidden[:, ranks], factors.up[:, ranks]) if ranks else None)
+    return deltas
+
+
+class TextCache:
+    """The tables of the prompts seen last, within a number of bytes."""
+
+    def __init__(self, encode: Callable[[Tensor], TextKV], limit: int = _KEPT_BYTES) -> None:
+        self._encode = encode
+        self._limit = limit
+        self._kept: OrderedDict[str, TextKV] = OrderedDict()
+        self._bytes = 0
+
+    def rows(self, prompts: Sequence[str], embeds: Tensor) -> TextKV:
+        """Return the tables of `prompts` with embeddings [P, L, D]."""
+        return TextKV.cat([self._row(prompt, one) for prompt, one in zip(prompts, embeds, strict=True)])
+
+    def _row(self, prompt: str, embeds: Tensor) -> TextKV:
+        if prompt in self._kept:
+            self._kept.move_to_end(prompt)
+            return self._kept[prompt]
+        text = self._kept[prompt] = self._encode(embeds[None])
+        self._bytes += text.nbytes
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return text
