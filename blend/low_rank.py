@@ -114,7 +114,8 @@ class Stack:
 
     @property
     def trainable(self) -> bool:
-        return bool(self._trainable)
+        """True when a member may still change; a frozen parameter may not."""
+        return any(factor.requires_grad for factor in self._trainable)
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """Return the stacked factors; with gradients when they are enabled and a member is trainable."""
