@@ -28,23 +28,51 @@ def hardware() -> str:
     return f"{model}, {cores} cores{gpu}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def write_figures(name: str, figures: dict[str, Any]) -> Path:
-    """Write one benchmark's result file with the command, the date and the hardware; print it as a table."""
+def write_figures(name: str, figures: dict[str, Any], *, update: bool = False) -> Path:
+    """Write one benchmark's result file with the command, the date and the hardware; print it as a table.
+
+    update=True is for a file that several benchmarks fill: it replaces the figures that this script wrote the last
+    time and keeps the others'. Each script's command, date, hardware and keys stand under `parts`.
+    """
     path = RESULTS / f"{name}.json"
-    facts = {
-        "command": " ".join(["python", f"tests/bench/{name}.py", *sys.argv[1:]]),
+    script = Path(sys.argv[0]).stem if update else name
+    origin = {
+        "command": " ".join(["python", f"tests/bench/{script}.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware(),
-        "figures": figures,
     }
+    if update:
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        facts = merge_part(earlier, script, origin, figures)
+    else:
+        facts = {**origin, "figures": figures}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(facts, indent=2) + "\n")
-    table = Table("figure", "value", title=f"{name}: {facts['hardware']}")
+    table = Table("figure", "value", title=f"{name}: {origin['hardware']}")
     for key, value in flatten(figures):
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)
     print(f"written to {path}")
     return path
+
+
+def merge_part(facts: dict[str, Any], script: str, origin: dict[str, str], figures: dict[str, Any]) -> dict[str, Any]:
+    """Return `facts` with one script's figures exchanged: those it no longer writes go, those of other scripts stay.
+
+    Raises ValueError where a figure belongs to another script.
+    """
+    parts = {other: part for other, part in facts.get("parts", {}).items() if other != script}
+    for other, part in parts.items():
+        taken = sorted(set(part["keys"]) & set(figures))
+        if taken:
+            raise ValueError(f"{', '.join(taken)}: written by {other}.py already; name the figures of {script}.py anew")
+    own = facts.get("parts", {}).get(script, {}).get("keys", [])
+    kept = {key: value for key, value in facts.get("figures", {}).items() if key not in own}
+    return {
+        **origin,
+        "parts": {**parts, script: {**origin, "keys": sorted(figures)}},
+        "figures": {**kept, **figures},
+    }
 
 
 def flatten(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
