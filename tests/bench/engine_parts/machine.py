@@ -22,7 +22,7 @@ def flops_per_row(workload: Workload) -> int:
     return counter.get_total_flops() // 2
 
 
-def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
+def matmul_gflops(size: int = 512, repeats: int = 8) -> float:
     """The best of a few float32 products on the threads set, in GFLOP/s."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     seconds = []
