@@ -35,6 +35,7 @@ class AdapterBank:
         self._call = call_of(unet)
         self._adapters: dict[str, dict[str, LoraLayer]] = {}
         self._stacks: dict[str, Stack] = {}
+        self.version = 0  # counts loads and removals: what is kept from before no longer holds
         self._text_layers = text_layers(unet)
         for layer in self._text_layers:
             wrap(unet, layer, self._call)
@@ -135,6 +136,10 @@ class AdapterBank:
         """True when an adapter may still change."""
         return any(stack.trainable for stack in self._stacks.values())
 
+    def factors(self) -> dict[str, Factors]:
+        """Return the stacked factors of every adapted layer by its name."""
+        return {layer: stack.factors(self._modules[layer].weight.dtype) for layer, stack in self._stacks.items()}
+
     def encode_text(self, embeds: Tensor) -> TextKV:
         """Return keys and values of the text rows `embeds` [P, L, D], for `forward`.
 
@@ -142,7 +147,7 @@ class AdapterBank:
         """
         layers = {name: self._linear(name, "text") for name in self._text_layers}
         with torch.no_grad():
-            return encode_text(layers, self._factors(), len(self._adapters), embeds)
+            return encode_text(layers, self.factors(), len(self._adapters), embeds)
 
     def forward(
         self,
@@ -152,10 +157,12 @@ class AdapterBank:
         mix: Tensor,
         text: TextKV | None = None,
         text_rows: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the UNet's prediction [R, C, h, w], adapters mixed per row.
 
-        sample [R, C, h, w], timesteps [R], encoder_hidden_states [R, L, D], mix [R, K] in the order of `names`.
+        sample [R, C, h, w], timesteps [R], encoder_hidden_states [R, L, D], mix [R, K] in the order of `names`,
+        added_cond_kwargs: what else this UNet is conditioned on, each [R, ..].
         Gradients reach the trainable adapters. With `text`, row r takes the keys and values of its text row
         text_rows[r] [R] from there; AdapterError while an adapter is in training, which would leave them behind.
         """
@@ -165,8 +172,15 @@ class AdapterBank:
         lines = None if text is None or text_rows is None else text.mixed(text_rows, mix)
         # rows of the base alone need no adapter arithmetic; looking costs a synchronisation on a GPU
         idle = mix.shape[1] == 0 or (mix.device.type == "cpu" and not mix.any())
-        outputs = {} if text is None or lines is None else text.outputs(lines)
-        return self.predict(sample, timesteps, encoder_hidden_states, None if idle else mix.to(sample.device), outputs)
+        return self.predict(
+            sample,
+            timesteps,
+            encoder_hidden_states,
+            mix.to(sample.device),
+            {} if idle else self.factors(),
+            {} if text is None or lines is None else text.lines.outputs(lines),
+            added_cond_kwargs or {},
+        )
 
     def check_mix(self, mix: Tensor, rows: int) -> None:
         """Raise AdapterError unless mix is [rows, K]."""
@@ -178,19 +192,23 @@ class AdapterBank:
         sample: Tensor,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
-        mix: Tensor | None,
+        mix: Tensor,
+        factors: Mapping[str, Factors],
         outputs: Mapping[str, Tensor],
+        added_cond_kwargs: Mapping[str, Tensor],
     ) -> Tensor:
-        """Run the UNet with mix [R, K] on its device, None for the base alone; outputs as TextKV.outputs gives them.
+        """Run the UNet with what `forward` has prepared: factors() or {} for the base alone, outputs of text layers.
 
         Neither copies from the host nor waits for the device, so that it can be compiled and captured in a graph.
         """
-        factors = {} if mix is None else self._factors()
-        self._call.factors, self._call.outputs = factors, outputs
-        self._call.shares = {} if mix is None else shares_of(mix, factors)
+        self._call.factors, self._call.outputs, self._call.shares = factors, outputs, shares_of(mix, factors)
         try:
             prediction: Tensor = self.unet(
-                sample, timesteps, encoder_hidden_states=encoder_hidden_states, return_dict=False
+                sample,
+                timesteps,
+                encoder_hidden_states=encoder_hidden_states,
+                added_cond_kwargs=dict(added_cond_kwargs) or None,
+                return_dict=False,
             )[0]
         finally:
             self._call.clear()
@@ -221,6 +239,7 @@ class AdapterBank:
         self._rewire()
 
     def _rewire(self) -> None:
+        self.version += 1
         stacks: dict[str, list[tuple[int, LoraLayer]]] = {}
         for column, layers in enumerate(self._adapters.values()):
             for layer, factors in layers.items():
@@ -229,9 +248,6 @@ class AdapterBank:
             wrap(self.unet, layer, self._call)
         self._modules = dict(self.unet.named_modules())
         self._stacks = {layer: Stack(members, members[0][1].up.device) for layer, members in stacks.items()}
-
-    def _factors(self) -> dict[str, Factors]:
-        return {layer: stack.factors(self._modules[layer].weight.dtype) for layer, stack in self._stacks.items()}
 
 
 def _targets(layer: str, target: str) -> bool:

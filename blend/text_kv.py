@@ -37,18 +37,30 @@ def text_layers(unet: nn.Module) -> tuple[str, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """How the keys and values of all layers lie in one line [N]."""
+
+    shapes: Mapping[str, tuple[int, int]]  # layer -> (L, out), in the order of the line
+
+    def outputs(self, lines: Tensor) -> dict[str, Tensor]:
+        """Cut lines [R, N] into the outputs [R, L, out] of every layer, as views."""
+        parts = lines.split([length * width for length, width in self.shapes.values()], dim=1)
+        return {layer: part.view(-1, *shape) for (layer, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
 @dataclass(slots=True)
 class TextKV:
     """The tables of P text rows."""
 
-    tables: tuple[Tensor, ...]  # P of [K + 1, N]: the base's keys and values of all layers in one line, each delta
-    shapes: Mapping[str, tuple[int, int]]  # layer -> (L, out), in the order of the line
+    tables: tuple[Tensor, ...]  # P of [K + 1, N]: the base's line, then what each adapter adds to it
+    lines: Lines
     _kept: dict[tuple[tuple[int, ...], tuple[float, ...]], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def cat(parts: Sequence[TextKV]) -> TextKV:
         """Return the text rows of all parts; copies nothing."""
-        return TextKV(tuple(table for part in parts for table in part.tables), parts[0].shapes)
+        return TextKV(tuple(table for part in parts for table in part.tables), parts[0].lines)
 
     @property
     def nbytes(self) -> int:
@@ -76,11 +88,6 @@ class TextKV:
                     line.add_(delta, alpha=weight)
         return lines
 
-    def outputs(self, lines: Tensor) -> dict[str, Tensor]:
-        """Cut lines [R, N] into the outputs [R, L, out] of every layer, as views."""
-        parts = lines.split([length * width for length, width in self.shapes.values()], dim=1)
-        return {layer: part.view(-1, *shape) for (layer, shape), part in zip(self.shapes.items(), parts, strict=True)}
-
 
 def encode_text(
     layers: Mapping[str, nn.Linear], factors: Mapping[str, Factors], adapters: int, embeds: Tensor
@@ -96,7 +103,7 @@ def encode_text(
             for adapter, delta in enumerate(_deltas(text, factors.get(name), adapters)):
                 lines[adapter + 1].append(torch.zeros_like(output) if delta is None else delta)
         tables.append(torch.stack([torch.cat([part.flatten() for part in line]) for line in lines]))
-    return TextKV(tuple(tables), shapes)
+    return TextKV(tuple(tables), Lines(shapes))
 
 
 def _deltas(text: Tensor, factors: Factors | None, adapters: int) -> list[Tensor | None]:

@@ -44,7 +44,7 @@ def test_looked_up_equals_computed(tiny_bank, inputs, embeds, mix):
 def test_the_text_layers_do_not_run(tiny_bank, inputs, embeds):
     text = tiny_bank.encode_text(embeds)
     layers = text_layers(tiny_bank.unet)
-    assert tuple(text.shapes) == layers
+    assert tuple(text.lines.shapes) == layers
     assert all(".attn2.to_" in layer for layer in layers)
     mix = torch.tensor(MIXES["soup"])
     expected = looked_up(tiny_bank, inputs, embeds, mix, text)
@@ -68,7 +68,7 @@ def test_an_overflowing_adapter_stays_out_of_the_rows_that_do_not_use_it(tiny_ba
     text = tiny_bank.encode_text(embeds)
     mix = torch.tensor(MIXES["one-hot"])
     expected = looked_up(tiny_bank, inputs, embeds, mix, text)
-    broken = TextKV(tuple(table.clone() for table in text.tables), text.shapes)
+    broken = TextKV(tuple(table.clone() for table in text.tables), text.lines)
     for table in broken.tables:
         table[2] = torch.inf
     rows = looked_up(tiny_bank, inputs, embeds, mix, broken)
