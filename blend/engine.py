@@ -24,6 +24,8 @@ from blend.ddim import DDIMStep, kl_of
 from blend.mixing import blend_predictions
 from blend.model import DiffusionModel
 from blend.sample import DenoisingError, Output, Running, Sample, SampleError, Trajectory, start
+from blend.text_kv import TextCache, TextKV
+from blend.tiles import TileOptions, Tiles
 
 __all__ = ["BlendEngine", "DenoisingError", "Output", "Sample", "SampleError", "Trajectory"]
 
@@ -39,6 +41,7 @@ class BlendEngine:
         max_rows: int = 64,
         tile_rows: int = 24,
         deterministic: bool = False,
+        tiles: TileOptions | None = None,
     ) -> None:
         """max_rows bounds the rows in flight (one sample is always let in); tile_rows the rows of one forward.
 
@@ -51,6 +54,8 @@ class BlendEngine:
         self._max_rows = max_rows
         self._tile_rows = tile_rows
         self._deterministic = deterministic
+        self._runner = Tiles(bank, tiles)
+        self._text = TextCache(bank)
         self._tickets = itertools.count()
         self._waiting: deque[Running] = deque()
         self._active: dict[int, Running] = {}
@@ -140,7 +145,7 @@ class BlendEngine:
             shapes: dict[torch.Size, list[Running]] = {}
             for running in self._active.values():
                 shapes.setdefault(running.latents.shape, []).append(running)
-            self._batches = [_Batch(members, self.model) for members in shapes.values()]
+            self._batches = [_Batch(members, self.model, self._text) for members in shapes.values()]
         return self._batches
 
     def _advance(self, batch: _Batch) -> None:
@@ -171,11 +176,13 @@ class BlendEngine:
         for rows in self._tiles(len(batch.owner)):
             owner = batch.owner[rows]
             preds.append(
-                self.bank.forward(
+                self._runner.run(
                     latents[owner.to(latents.device)].to(self.model.dtype),
                     timesteps[owner].to(latents.device),
                     batch.embeds[rows.to(latents.device)],
                     mix[rows],
+                    batch.text,
+                    batch.text_rows[rows],
                 )
             )
         return torch.cat(preds)[: len(batch.owner)]
@@ -195,16 +202,23 @@ def _store(members: Sequence[Running], taken: DDIMStep, kl: Tensor | None) -> No
         running.advance(taken.prev_sample[i], taken.log_prob[i], divergences[i], finite[i])
 
 
+def _text_of(members: Sequence[Running], model: DiffusionModel, cache: TextCache) -> TextKV | None:
+    prompts = [prompt for r in members for prompt in (r.sample.negative_prompt, r.sample.prompt)]
+    return cache.rows(prompts, model.encode_prompts(prompts))
+
+
 class _Batch:
     """Samples of one latent shape and the layout of their rows, kept until one joins or leaves."""
 
-    def __init__(self, members: list[Running], model: DiffusionModel) -> None:
+    def __init__(self, members: list[Running], model: DiffusionModel, cache: TextCache) -> None:
         self.members = members
         device = model.device
         self.owner = torch.tensor([i for i, r in enumerate(members) for _ in range(r.rows)])  # [R]
         self.coefficients = torch.cat([r.plan.coefficients for r in members])  # [R]
         self.base_coefficients = torch.cat([r.plan.base_coefficients for r in members])  # [R]
         self.embeds = torch.cat([r.embeds for r in members])  # [R, L, D]
+        self.text_rows = 2 * self.owner + torch.tensor([seen for r in members for seen in r.plan.conditional])
+        self.text = _text_of(members, model, cache)
         self.eta = torch.tensor([r.sample.eta for r in members], device=device)  # [n]
         self.measured = any(r.plan.measured for r in members)
         self._device = device

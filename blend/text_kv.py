@@ -7,8 +7,9 @@ each adapter adds; a UNet row then looks its keys and values up, or mixes them b
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -17,7 +18,11 @@ from torch.nn import functional
 
 from blend.low_rank import Factors
 
+if TYPE_CHECKING:
+    from blend.adapters import AdapterBank
+
 _KEPT_BYTES = 128 * 2**20  # of the tables of prompts seen before, and of mixed rows between two steps
+_KEPT_MIXES = 8  # tiles whose rows see the same text under the same weights at the next step
 
 
 def text_layers(unet: nn.Module) -> tuple[str, ...]:
@@ -75,7 +80,8 @@ class TextKV:
         lines = self._kept.get(key)
         if lines is None:
             lines = self._mix(key[0], mix.tolist())
-            while self._kept and (1 + len(self._kept)) * lines.nbytes > _KEPT_BYTES:
+            most = min(_KEPT_MIXES, _KEPT_BYTES // lines.nbytes)
+            while len(self._kept) >= max(most, 1):
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = lines
         return lines
@@ -118,23 +124,29 @@ def _deltas(text: Tensor, factors: Factors | None, adapters: int) -> list[Tensor
 
 
 class TextCache:
-    """The tables of the prompts seen last, within a number of bytes."""
+    """The tables of the prompts seen last, within a number of bytes, for the adapters that a bank now holds."""
 
-    def __init__(self, encode: Callable[[Tensor], TextKV], limit: int = _KEPT_BYTES) -> None:
-        self._encode = encode
+    def __init__(self, bank: AdapterBank, limit: int = _KEPT_BYTES) -> None:
+        self._bank = bank
         self._limit = limit
+        self._version = bank.version
         self._kept: OrderedDict[str, TextKV] = OrderedDict()
         self._bytes = 0
 
-    def rows(self, prompts: Sequence[str], embeds: Tensor) -> TextKV:
-        """Return the tables of `prompts` with embeddings [P, L, D]."""
+    def rows(self, prompts: Sequence[str], embeds: Tensor) -> TextKV | None:
+        """Return the tables of `prompts` with embeddings [P, L, D]; None while an adapter is in training."""
+        if self._bank.trainable:
+            return None
+        if self._version != self._bank.version:
+            self._kept.clear()
+            self._version, self._bytes = self._bank.version, 0
         return TextKV.cat([self._row(prompt, one) for prompt, one in zip(prompts, embeds, strict=True)])
 
     def _row(self, prompt: str, embeds: Tensor) -> TextKV:
         if prompt in self._kept:
             self._kept.move_to_end(prompt)
             return self._kept[prompt]
-        text = self._kept[prompt] = self._encode(embeds[None])
+        text = self._kept[prompt] = self._bank.encode_text(embeds[None])
         self._bytes += text.nbytes
         while self._bytes > self._limit and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes

@@ -29,7 +29,8 @@ class TileOptions:
     compile: bool = False
     graphs: bool = False  # CUDA alone
     sizes: Sequence[int] = SIZES  # rows that tiles are padded to when compiled or captured
-    channels_last: bool = True  # layout of the convolutions; changes their rounding, not their values
+    # layout of the convolutions, None: on CUDA alone. On a CPU it gains 0 to 10 % and other rounding than diffusers'
+    channels_last: bool | None = None
     backend: str = "inductor"  # torch.compile's backend
     compile_mode: str | None = None  # torch.compile's mode; it must leave CUDA graphs to us
 
@@ -55,8 +56,9 @@ class Tiles:
         self._slots: dict[tuple[Any, ...], _Slot] = {}
         self._version = bank.version
         self._pool: Any = None
-        self._format = torch.channels_last if options.channels_last else torch.contiguous_format
-        if options.channels_last:
+        channels_last = device.type == "cuda" if options.channels_last is None else options.channels_last
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
             bank.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def run(

@@ -97,15 +97,10 @@ def test_mixed_rows_are_kept_between_steps_and_never_mistaken(tiny_bank, embeds)
     assert not torch.equal(text.mixed(TEXT_ROWS, mix.flip(0)), first)
 
 
-def test_the_cache_keeps_the_last_prompts_within_its_bytes(tiny_bank, embeds):
-    encoded = []
-
-    def encode(rows: torch.Tensor) -> TextKV:
-        encoded.append(len(rows))
-        return tiny_bank.encode_text(rows)
-
-    size = tiny_bank.encode_text(embeds[:1]).nbytes
-    cache = TextCache(encode, limit=2 * size)
+def test_the_cache_keeps_the_last_prompts_within_its_bytes(tiny_bank, embeds, monkeypatch):
+    encode, encoded = tiny_bank.encode_text, []
+    monkeypatch.setattr(tiny_bank, "encode_text", lambda rows: encoded.append(len(rows)) or encode(rows))
+    cache = TextCache(tiny_bank, limit=2 * encode(embeds[:1]).nbytes)
     first = cache.rows(["x", "y", "x"], embeds[[0, 1, 0]])
     assert encoded == [1, 1]
     assert first.tables[0] is first.tables[2]
@@ -114,6 +109,16 @@ def test_the_cache_keeps_the_last_prompts_within_its_bytes(tiny_bank, embeds):
     assert len(encoded) == 3
     cache.rows(["y"], embeds[1:])
     assert len(encoded) == 4
+
+
+def test_the_cache_follows_the_bank(tiny_sd_dir, adapter_dirs, embeds):
+    bank = AdapterBank(load_model(tiny_sd_dir).unet)
+    cache = TextCache(bank)
+    for k, name in enumerate(adapter_dirs):
+        bank.load(name, adapter_dirs[name])
+        assert len(cache.rows(["x"], embeds[:1]).tables[0]) == k + 2
+    bank.add_trainable("new", rank=2)
+    assert cache.rows(["x"], embeds[:1]) is None
 
 
 def test_an_adapter_in_training_never_meets_kept_values(tiny_sd_dir, inputs, embeds):

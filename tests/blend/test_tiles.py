@@ -11,7 +11,7 @@ from blend.adapters import AdapterBank
 from blend.model import load_model
 from blend.tiles import TileOptions, Tiles
 
-COMPILED = TileOptions(compile=True, backend="aot_eager", sizes=(2, 4))
+COMPILED = TileOptions(compile=True, channels_last=True, backend="aot_eager", sizes=(2, 4))
 
 
 @pytest.fixture
