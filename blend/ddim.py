@@ -22,6 +22,7 @@ class DDIMStep(NamedTuple):
     mean: Tensor  # [R, ...] mean of x_{t-1} given x_t
     std: Tensor  # [R] standard deviation of x_{t-1} given x_t; 0 where the step is deterministic
     log_prob: Tensor  # [R] log density of prev_sample, AVERAGED over its elements
+    origin: Tensor  # [R, ...] predicted x_0, clamped where the model's schedule asks for it
 
 
 def ddim_step(
@@ -40,8 +41,8 @@ def ddim_step(
     """Take one step of DDIM, equations (12) and (16) of arXiv 2010.02502, each row at its own timestep.
 
     noise_pred, sample, noise: [R, ...]; timesteps, prev_timesteps: [R] long; alphas_cumprod: [N]; eta: [R] or a
-    number in [0, 1]. A prev_timestep below 0 ends the chain and uses final_alpha_cumprod. noise=None returns the
-    mean as prev_sample. clip_sample_range clamps the predicted x_0 (None: no clamp). All in float32.
+    number in [0, 1]. A prev_timestep below 0 ends the chain and uses final_alpha_cumprod, [R] or one number. noise=None
+    returns the mean as prev_sample. clip_sample_range clamps the predicted x_0 (None: no clamp). All in float32.
     """
     ones = [-1, *[1] * (sample.dim() - 1)]
     sample, noise_pred = sample.float(), noise_pred.float()
@@ -68,7 +69,7 @@ def ddim_step(
     remaining = (1 - alpha_prev - std**2).clamp(min=0).sqrt()
     mean = alpha_prev.sqrt().view(ones) * origin + remaining.view(ones) * direction
     prev_sample = mean if noise is None else mean + std.view(ones) * noise
-    return DDIMStep(prev_sample, mean, std, log_prob_of(prev_sample.detach(), mean, std))
+    return DDIMStep(prev_sample, mean, std, log_prob_of(prev_sample.detach(), mean, std), origin)
 
 
 def log_prob_of(prev_sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
