@@ -1,7 +1,7 @@
 """BlendEngine: denoises many samples at once, each with its own prompt, preference, steps, guidance and seed.
 
-Samples join and leave between any two steps. A step plans one row per (sample, source with a coefficient that is not 0,
-conditional or not), runs all rows in a few tiles, sums them per sample and steps every sample at once.
+Samples join and leave between any two steps. A step collects the rows that each sample planned (blend.plans), runs all
+of them in a few tiles, sums them per sample and steps every sample at once.
 
 What is guaranteed: a sample's noise depends on (seed, step) alone, and its result on its neighbours by rounding only
 (in float32 within 1e-5 of its largest latent). With deterministic=True every forward has exactly tile_rows rows, and on
@@ -23,7 +23,9 @@ from blend.adapters import AdapterBank
 from blend.ddim import DDIMStep, kl_of
 from blend.mixing import blend_predictions
 from blend.model import DiffusionModel
-from blend.sample import DenoisingError, Output, Running, Sample, SampleError, Trajectory, start
+from blend.plans import StepRows
+from blend.running import DenoisingError, Output, Running, Trajectory, start
+from blend.sample import Sample, SampleError
 from blend.text_kv import TextCache, TextKV
 from blend.tiles import TileOptions, Tiles
 
@@ -132,15 +134,15 @@ class BlendEngine:
         return self.model.decode(torch.stack(list(latents)))
 
     def _admit(self) -> None:
-        rows = sum(running.rows for running in self._active.values())
-        while self._waiting and (not self._active or rows + self._waiting[0].rows <= self._max_rows):
+        rows = sum(running.plan.peak_rows for running in self._active.values())
+        while self._waiting and (not self._active or rows + self._waiting[0].plan.peak_rows <= self._max_rows):
             running = self._waiting.popleft()
             self._active[running.ticket] = running
-            rows += running.rows
+            rows += running.plan.peak_rows
             self._batches = None
 
     def _grouped(self) -> list[_Batch]:
-        # the layout of the rows changes only when a sample joins or leaves
+        # texts and dials change only when a sample joins or leaves
         if self._batches is None:
             shapes: dict[torch.Size, list[Running]] = {}
             for running in self._active.values():
@@ -149,43 +151,42 @@ class BlendEngine:
         return self._batches
 
     def _advance(self, batch: _Batch) -> None:
+        rows = batch.rows()
         latents = torch.stack([running.latents for running in batch.members])
         timesteps, prev_timesteps = batch.timesteps()
         try:
-            preds = self._predict(batch, latents, timesteps)
+            preds = self._predict(batch, rows, latents, timesteps)
         except RuntimeError as error:  # out of memory, or a shape that the UNet cannot take
             for running in batch.members:
                 running.fail(error)
             return
-        size = len(batch.members)
         timesteps, prev_timesteps = timesteps.to(latents.device), prev_timesteps.to(latents.device)
-        noise_pred = blend_predictions(preds, batch.coefficients, batch.owner, size)
+        noise_pred = rows.predict(preds)
         taken = self.model.ddim_step(
             noise_pred, latents, timesteps, prev_timesteps, eta=batch.eta, noise=batch.draw_noise()
         )
         kl = None
         if batch.measured:
-            base_pred = blend_predictions(preds, batch.base_coefficients, batch.owner, size)
+            base_pred = blend_predictions(preds, rows.base_coefficients, rows.owner, len(batch.members))
             base = self.model.ddim_step(base_pred, latents, timesteps, prev_timesteps, eta=batch.eta, noise=None)
             kl = kl_of(taken.mean, base.mean, taken.std)
         _store(batch.members, taken, kl)
 
-    def _predict(self, batch: _Batch, latents: Tensor, timesteps: Tensor) -> Tensor:
-        mix = batch.mix()
+    def _predict(self, batch: _Batch, rows: _BatchRows, latents: Tensor, timesteps: Tensor) -> Tensor:
         preds = []
-        for rows in self._tiles(len(batch.owner)):
-            owner = batch.owner[rows]
+        for tile in self._tiles(len(rows.owner)):
+            owner, text = rows.owner[tile], rows.text[tile]
             preds.append(
                 self._runner.run(
                     latents[owner.to(latents.device)].to(self.model.dtype),
                     timesteps[owner].to(latents.device),
-                    batch.embeds[rows.to(latents.device)],
-                    mix[rows],
+                    batch.embeds[text.to(latents.device)],
+                    rows.mix[tile],
                     batch.text,
-                    batch.text_rows[rows],
+                    text,
                 )
             )
-        return torch.cat(preds)[: len(batch.owner)]
+        return torch.cat(preds)[: len(rows.owner)]
 
     def _tiles(self, rows: int) -> Sequence[Tensor]:
         if not self._deterministic:
@@ -208,28 +209,23 @@ def _text_of(members: Sequence[Running], model: DiffusionModel, cache: TextCache
 
 
 class _Batch:
-    """Samples of one latent shape and the layout of their rows, kept until one joins or leaves."""
+    """Samples of one latent shape, kept until one joins or leaves."""
 
     def __init__(self, members: list[Running], model: DiffusionModel, cache: TextCache) -> None:
         self.members = members
-        device = model.device
-        self.owner = torch.tensor([i for i, r in enumerate(members) for _ in range(r.rows)])  # [R]
-        self.coefficients = torch.cat([r.plan.coefficients for r in members])  # [R]
-        self.base_coefficients = torch.cat([r.plan.base_coefficients for r in members])  # [R]
-        self.embeds = torch.cat([r.embeds for r in members])  # [R, L, D]
-        self.text_rows = 2 * self.owner + torch.tensor([seen for r in members for seen in r.plan.conditional])
+        self.embeds = torch.cat([r.embeds for r in members])  # [2 n, L, D]: each sample's negative prompt and prompt
         self.text = _text_of(members, model, cache)
-        self.eta = torch.tensor([r.sample.eta for r in members], device=device)  # [n]
+        self.eta = torch.tensor([r.sample.eta for r in members], device=model.device)  # [n]
         self.measured = any(r.plan.measured for r in members)
-        self._device = device
-        self._fixed = None if any(r.plan.schedule for r in members) else self._stack_mix()
+        self._device = model.device
+        self._rows: _BatchRows | None = None
 
-    def mix(self) -> Tensor:
-        """Return [R, K] of this step."""
-        return self._stack_mix() if self._fixed is None else self._fixed
-
-    def _stack_mix(self) -> Tensor:
-        return torch.cat([r.plan.mix_at(r.step) for r in self.members])
+    def rows(self) -> _BatchRows:
+        """Return the rows of this step; most samples run the same rows at most steps."""
+        planned = [r.rows for r in self.members]
+        if self._rows is None or any(a is not b for a, b in zip(planned, self._rows.planned, strict=True)):
+            self._rows = _BatchRows(self.members, planned)
+        return self._rows
 
     def timesteps(self) -> tuple[Tensor, Tensor]:
         """Return (timesteps [n], prev_timesteps [n]) of this step."""
@@ -239,3 +235,31 @@ class _Batch:
     def draw_noise(self) -> Tensor:
         """Return [n, C, h, w]; drawn on the CPU, so that a seed means the same on every device."""
         return torch.stack([r.draw_noise() for r in self.members]).to(self._device)
+
+
+class _BatchRows:
+    """The rows of one step of a batch, one sample's after the other's."""
+
+    def __init__(self, members: Sequence[Running], planned: Sequence[StepRows]) -> None:
+        self.planned = planned
+        self.owner = torch.tensor([i for i, rows in enumerate(planned) for _ in rows.conditional])  # [R]
+        self.text = 2 * self.owner + torch.tensor([seen for rows in planned for seen in rows.conditional])  # [R]
+        self.mix = torch.cat([rows.mixes for rows in planned])  # [R, K]
+        self.base_coefficients = torch.cat([rows.base_coefficients for rows in planned])  # [R]
+        self._coefficients = torch.cat([rows.coefficients for rows in planned])  # [R]
+        self._members = members
+        self._keeping = [i for i, rows in enumerate(planned) if rows.keep is not None]
+        self._keep = torch.cat([torch.zeros_like(r.coefficients) if r.keep is None else r.keep for r in planned])
+
+    def predict(self, preds: Tensor) -> Tensor:
+        """Return [n, C, h, w] from the rows' predictions [R, C, h, w]; takes and leaves the samples' residuals."""
+        noise_pred = blend_predictions(preds, self._coefficients, self.owner, len(self.planned))
+        for i, rows in enumerate(self.planned):
+            kept = self._members[i].kept
+            if rows.reuse and kept is not None:
+                noise_pred[i] += rows.reuse * kept
+        if self._keeping:
+            residual = blend_predictions(preds, self._keep, self.owner, len(self.planned))
+            for i in self._keeping:
+                self._members[i].kept = residual[i]
+        return noise_pred

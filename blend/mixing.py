@@ -115,3 +115,24 @@ def _split(node: _Split | int, steps: list[int], phases: list[float], schedule: 
     left = [math.floor(phase + share * (j + 1)) - math.floor(phase + share * j) == 1 for j in range(len(steps))]
     _split(node.left, [step for step, taken in zip(steps, left, strict=True) if taken], phases, schedule)
     _split(node.right, [step for step, taken in zip(steps, left, strict=True) if not taken], phases, schedule)
+
+
+def sigma_points(weights: Sequence[float], amplitude: float) -> list[list[float]]:
+    """Return n points in R^n whose mean is `weights` and whose covariance is amplitude^2 (diag(w) - w w^T).
+
+    weights: positive, summing to 1. The one-hot draws of DB-MPA-LS have the same mean and, at amplitude 1, the same
+    covariance, but these are n points of equal share: a cycle of n steps that takes each once misses neither moment.
+    At amplitude 0 all are w. The simplex of the unscented transform (Julier and Uhlmann, 1997), our use of it.
+    """
+    n = len(weights)
+    root = [math.sqrt(weight) for weight in weights]
+    # the reflection that takes (1, .., 1) / sqrt(n) to sqrt(w) turns the axes into the simplex, scaled by sqrt(w)
+    normal = [1 / math.sqrt(n) - value for value in root]
+    squared = math.fsum(value * value for value in normal)
+    points = []
+    for q in range(n):
+        pull = 2 * normal[q] / squared if squared > 1e-24 else 0.0
+        reflected = [float(i == q) - pull * normal[i] for i in range(n)]
+        point = [math.sqrt(n) * root[i] * reflected[i] for i in range(n)]
+        points.append([w + amplitude * (value - w) for w, value in zip(weights, point, strict=True)])
+    return points

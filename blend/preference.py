@@ -13,7 +13,7 @@ from typing import Self
 
 from pydantic import BaseModel, model_validator
 
-METHODS = ("mpa", "ls", "soup")
+METHODS = ("mpa", "ls", "soup", "cached", "staged")
 KL_LAMBDA_RANGE = (0.0, 3.0)
 SUM_TOLERANCE = 1e-6
 

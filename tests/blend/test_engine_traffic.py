@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from blend.adapters import AdapterBank
 from blend.engine import BlendEngine, DenoisingError, Sample
 from blend.model import DiffusionModel
-from blend.preference import Preference
+from blend.preference import METHODS, Preference
 
 BASIS = ("a", "b", "c")
 
@@ -23,7 +23,7 @@ preferences = st.builds(
     ),
     weights_of,
     st.sampled_from([0.0, 0.3, 1.0, 1.5]),
-    st.sampled_from(["mpa", "ls", "soup"]),
+    st.sampled_from(METHODS),
 )
 samples = st.builds(
     Sample,
@@ -34,6 +34,10 @@ samples = st.builds(
     guidance_scale=st.sampled_from([0.0, 1.0, 3.0]),
     eta=st.sampled_from([0.5, 1.0]),
     measure_kl=st.booleans(),
+    guidance_interval=st.sampled_from([(0.0, 1.0), (0.3, 0.7)]),
+    shared_unconditional=st.booleans(),
+    refresh_every=st.integers(1, 2),
+    row_budget=st.sampled_from([1.0, 2.0]),
 )
 # overflows in its second step at the latest
 broken = st.builds(

@@ -9,10 +9,9 @@ import torch
 
 import blend.sprites
 from blend.adapters import AdapterError
-from blend.engine import BlendEngine
+from blend.engine import BlendEngine, Sample
 from blend.model import model_hash
 from blend.preference import Preference
-from blend.sample import Sample
 from infra.errors import IntegrityError, StoreUnreachableError, UnknownRecordError
 from infra.manifests import WEIGHTS_FILE, BaseIdentity
 from infra.registry import Registry
