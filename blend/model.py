@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blend.conditioning import PromptEncoder
 from blend.ddim import PREDICTION_TYPES, DDIMStep, ddim_step
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_PROMPT_CACHE = 1024
 _HASHED = {".safetensors", ".json", ".txt"}
 
 
@@ -34,8 +33,7 @@ class DiffusionModel:
 
     unet: nn.Module
     vae: Any
-    text_encoder: nn.Module
-    tokenizer: Any
+    text: PromptEncoder
     scheduler: Any  # DDIMScheduler made from the directory's own scheduler config; read, never stepped
     device: torch.device
     dtype: torch.dtype
@@ -44,7 +42,6 @@ class DiffusionModel:
     default_width: int
     latent_channels: int
     vae_scale_factor: int  # pixels per latent cell
-    _prompts: OrderedDict[str, Tensor] = field(default_factory=OrderedDict, repr=False)
     _timesteps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -61,34 +58,12 @@ class DiffusionModel:
                 raise ModelError(f"{name} is {value!r}: use a positive multiple of {factor}")
         return self.latent_channels, height // factor, width // factor
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return text embeddings [B, L, D], cached per prompt.
+    def encode_prompts(self, prompts: Sequence[str | None]) -> Tensor:
+        """Return text embeddings [B, L, D], cached per prompt; None is the absent negative prompt.
 
-        Text past the tokenizer's limit is cut off, as diffusers does. Each prompt is encoded alone, so that its bits
-        do not depend on the others.
+        Text past the tokenizer's limit is cut off, as diffusers does.
         """
-        return torch.stack([self._encode(prompt) for prompt in prompts])
-
-    def _encode(self, prompt: str) -> Tensor:
-        if prompt in self._prompts:
-            self._prompts.move_to_end(prompt)
-            return self._prompts[prompt]
-        tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.device) if uses_mask else None
-        # outside inference mode, even when called from it: training backpropagates through these
-        with torch.inference_mode(False), torch.no_grad():
-            embeds: Tensor = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0][0]
-            self._prompts[prompt] = embeds.to(self.dtype)
-        if len(self._prompts) > _PROMPT_CACHE:
-            self._prompts.popitem(last=False)
-        return self._prompts[prompt]
+        return self.text.encode(prompts)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -171,7 +146,10 @@ def load_model(
     size = unet.config.sample_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return DiffusionModel(
-        **parts,
+        unet=unet,
+        vae=vae,
+        text=PromptEncoder([parts["tokenizer"]], [parts["text_encoder"]], device=torch.device(device), dtype=dtype),
+        scheduler=parts["scheduler"],
         device=torch.device(device),
         dtype=dtype,
         prediction_type=config.prediction_type,

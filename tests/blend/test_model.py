@@ -45,8 +45,9 @@ def test_embeddings_equal_diffusers_cut_off_included(tiny_model, pipeline, promp
 
 def test_a_prompt_is_encoded_once_and_alike_in_any_company(tiny_sd_dir, monkeypatch):
     model = load_model(tiny_sd_dir)
-    forward, calls = model.text_encoder.forward, []
-    monkeypatch.setattr(model.text_encoder, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    (text_encoder,) = model.text.text_encoders
+    forward, calls = text_encoder.forward, []
+    monkeypatch.setattr(text_encoder, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
     alone = model.encode_prompts(["a cat"])
     together = model.encode_prompts(["a dog", "a cat", "a cat"])
     assert len(calls) == 2
