@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from blend.adapters import AdapterBank
+from blend.conditioning import Conditioning
 from blend.ddim import DDIMStep, kl_of
 from blend.mixing import blend_predictions
 from blend.model import DiffusionModel
 from blend.plans import StepRows
 from blend.running import DenoisingError, Output, Running, Trajectory, start
 from blend.sample import Sample, SampleError
-from blend.text_kv import TextCache, TextKV
+from blend.text_kv import TextCache
 from blend.tiles import TileOptions, Tiles
 
 __all__ = ["BlendEngine", "DenoisingError", "Output", "Sample", "SampleError", "Trajectory"]
@@ -147,7 +148,7 @@ class BlendEngine:
             shapes: dict[torch.Size, list[Running]] = {}
             for running in self._active.values():
                 shapes.setdefault(running.latents.shape, []).append(running)
-            self._batches = [_Batch(members, self.model, self._text) for members in shapes.values()]
+            self._batches = [_Batch(members, self._text) for members in shapes.values()]
         return self._batches
 
     def _advance(self, batch: _Batch) -> None:
@@ -176,14 +177,16 @@ class BlendEngine:
         preds = []
         for tile in self._tiles(len(rows.owner)):
             owner, text = rows.owner[tile], rows.text[tile]
+            conditioning = batch.conditioning.rows(text)
             preds.append(
                 self._runner.run(
                     latents[owner.to(latents.device)].to(self.model.dtype),
                     timesteps[owner].to(latents.device),
-                    batch.embeds[text.to(latents.device)],
+                    conditioning.embeds,
                     rows.mix[tile],
                     batch.text,
                     text,
+                    conditioning.added,
                 )
             )
         return torch.cat(preds)[: len(rows.owner)]
@@ -203,21 +206,17 @@ def _store(members: Sequence[Running], taken: DDIMStep, kl: Tensor | None) -> No
         running.advance(taken.prev_sample[i], taken.log_prob[i], divergences[i], finite[i])
 
 
-def _text_of(members: Sequence[Running], model: DiffusionModel, cache: TextCache) -> TextKV | None:
-    prompts = [prompt for r in members for prompt in (r.sample.negative_prompt, r.sample.prompt)]
-    return cache.rows(prompts, model.encode_prompts(prompts))
-
-
 class _Batch:
     """Samples of one latent shape, kept until one joins or leaves."""
 
-    def __init__(self, members: list[Running], model: DiffusionModel, cache: TextCache) -> None:
+    def __init__(self, members: list[Running], cache: TextCache) -> None:
         self.members = members
-        self.embeds = torch.cat([r.embeds for r in members])  # [2 n, L, D]: each sample's negative prompt and prompt
-        self.text = _text_of(members, model, cache)
-        self.eta = torch.tensor([r.sample.eta for r in members], device=model.device)  # [n]
+        self._device = members[0].latents.device
+        # [2 n]: each sample's negative prompt and prompt
+        self.conditioning = Conditioning.cat([r.conditioning for r in members])
+        self.text = cache.rows([prompt for r in members for prompt in r.prompts], self.conditioning.embeds)
+        self.eta = torch.tensor([r.sample.eta for r in members], device=self._device)  # [n]
         self.measured = any(r.plan.measured for r in members)
-        self._device = model.device
         self._rows: _BatchRows | None = None
 
     def rows(self) -> _BatchRows:

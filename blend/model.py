@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blend.conditioning import PromptEncoder
+from blend.conditioning import Conditioning, PromptEncoder, time_ids
 from blend.ddim import PREDICTION_TYPES, DDIMStep, ddim_step
 
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -58,12 +58,23 @@ class DiffusionModel:
                 raise ModelError(f"{name} is {value!r}: use a positive multiple of {factor}")
         return self.latent_channels, height // factor, width // factor
 
-    def encode_prompts(self, prompts: Sequence[str | None]) -> Tensor:
-        """Return text embeddings [B, L, D], cached per prompt; None is the absent negative prompt.
+    def encode_prompts(
+        self, prompts: Sequence[str | None], height: int | None = None, width: int | None = None
+    ) -> Conditioning:
+        """Return one row for each prompt of an image of that size (default: the model's own); cached per prompt.
 
-        Text past the tokenizer's limit is cut off, as diffusers does.
+        None is the absent negative prompt. Text past the tokenizer's limit is cut off, as diffusers does.
         """
-        return self.text.encode(prompts)[0]
+        embeds, pooled = self.text.encode(prompts)
+        if pooled is None:
+            return Conditioning(embeds)
+        size = time_ids(
+            self.default_height if height is None else height,
+            self.default_width if width is None else width,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return Conditioning(embeds, {"text_embeds": pooled, "time_ids": size.expand(len(prompts), -1)})
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from blend.conditioning import Conditioning
 from blend.model import DiffusionModel, ModelError
 from blend.plans import Plan, StepRows, plan_rows
 from blend.sample import Sample, SampleError, check_sample
@@ -47,7 +48,8 @@ class Running:
     ticket: int
     sample: Sample
     plan: Plan
-    embeds: Tensor  # [2, L, D] of the negative prompt and the prompt
+    prompts: tuple[str | None, str]  # the negative prompt, None for none, and the prompt
+    conditioning: Conditioning  # of these two
     timesteps: Tensor  # [T] on the CPU
     prev_timesteps: Tensor
     generator: torch.Generator
@@ -130,13 +132,15 @@ def start(ticket: int, sample: Sample, model: DiffusionModel, basis: Sequence[st
         raise SampleError(str(error), str(error).split()[0]) from error
     measured = bool(sample.record if sample.measure_kl is None else sample.measure_kl)
     plan = plan_rows(sample, basis, len(timesteps), measured=measured)
+    prompts = (sample.negative_prompt or None, sample.prompt)
     generator = torch.Generator().manual_seed(sample.seed)
     latents = torch.randn(shape, generator=generator).to(model.device)
     running = Running(
         ticket=ticket,
         sample=sample,
         plan=plan,
-        embeds=model.encode_prompts([sample.negative_prompt, sample.prompt]),
+        prompts=prompts,
+        conditioning=model.encode_prompts(prompts, height, width),
         timesteps=timesteps,
         prev_timesteps=prev_timesteps,
         generator=generator,

@@ -28,7 +28,7 @@ class Sample:
     prompt: str
     preference: Preference
     seed: int  # in [0, 2^63)
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # "" is none: where an SDXL model says so, zeros in place of an encoded ""
     num_inference_steps: int = 20
     guidance_scale: float = 3.0  # finite, >= 0; 1 is no guidance
     eta: float = 1.0  # in [0, 1]: 0 deterministic, 1 ancestral; method "ls" needs more than 0

@@ -130,11 +130,14 @@ class TextCache:
         self._bank = bank
         self._limit = limit
         self._version = bank.version
-        self._kept: OrderedDict[str, TextKV] = OrderedDict()
+        self._kept: OrderedDict[str | None, TextKV] = OrderedDict()
         self._bytes = 0
 
-    def rows(self, prompts: Sequence[str], embeds: Tensor) -> TextKV | None:
-        """Return the tables of `prompts` with embeddings [P, L, D]; None while an adapter is in training."""
+    def rows(self, prompts: Sequence[str | None], embeds: Tensor) -> TextKV | None:
+        """Return the tables of `prompts` with embeddings [P, L, D]; None while an adapter is in training.
+
+        A prompt of None is the absent negative prompt.
+        """
         if self._bank.trainable:
             return None
         if self._version != self._bank.version:
@@ -142,7 +145,7 @@ class TextCache:
             self._version, self._bytes = self._bank.version, 0
         return TextKV.cat([self._row(prompt, one) for prompt, one in zip(prompts, embeds, strict=True)])
 
-    def _row(self, prompt: str, embeds: Tensor) -> TextKV:
+    def _row(self, prompt: str | None, embeds: Tensor) -> TextKV:
         if prompt in self._kept:
             self._kept.move_to_end(prompt)
             return self._kept[prompt]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blend.adapters import AdapterBank
+from blend.conditioning import Conditioning
 from blend.ddim import MIN_STD
 from blend.finetune.config import TrainConfig
 from blend.finetune.rollout import Scored
@@ -30,7 +31,7 @@ class Transitions:
     step: Tensor  # [M] number of the denoising step
     slot: Tensor  # [M] place among the trained steps of its sample: decides which update takes it
     weight: Tensor  # [M] number of the path's steps that this one stands for
-    text: Tensor  # [M] row of the prompt embeddings
+    text: Tensor  # [M] row of the prompts' conditioning
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -79,16 +80,18 @@ class Policy:
         """UNet rows of one transition: conditional, and unconditional when guided."""
         return 1 if self.config.guidance_scale == 1 else 2
 
-    def transition(self, part: Transitions, text: Tensor, *, mix: float) -> tuple[Tensor, Tensor]:
-        """(mean [M, C, h, w], std [M]) at states `part` with prompt embeddings text [M, L, D]."""
+    def transition(self, part: Transitions, text: Conditioning, *, mix: float) -> tuple[Tensor, Tensor]:
+        """(mean [M, C, h, w], std [M]) at states `part` with the prompts of M rows."""
         count = len(part)
-        latents, timesteps, hidden = part.latents, part.timesteps, text
+        latents, timesteps = part.latents, part.timesteps
         if self.rows_per_transition == 2:
-            empty = self.model.encode_prompts([""]).expand(count, -1, -1)
+            empty = self.model.encode_prompts([None]).rows(torch.zeros(count, dtype=torch.long))
             latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            hidden = torch.cat([empty, hidden])
+            text = Conditioning.cat([empty, text])
         weights = latents.new_full((len(latents), 1), mix)
-        noise_pred = self.bank.forward(latents.to(self.model.dtype), timesteps, hidden, weights).float()
+        noise_pred = self.bank.forward(
+            latents.to(self.model.dtype), timesteps, text.embeds, weights, added_cond_kwargs=text.added
+        ).float()
         if self.rows_per_transition == 2:
             unconditional, conditional = noise_pred.chunk(2)
             noise_pred = unconditional + self.config.guidance_scale * (conditional - unconditional)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blend.adapters import AdapterBank
+from blend.conditioning import Conditioning
 from blend.ddim import log_prob_of
 from blend.engine import BlendEngine
 from blend.finetune import advantages
@@ -122,7 +123,7 @@ class Trainer:
         return rewards
 
     def _advantages(
-        self, rewards: Tensor, plan: Sequence[Request], transitions: Transitions, text: Tensor
+        self, rewards: Tensor, plan: Sequence[Request], transitions: Transitions, text: Conditioning
     ) -> tuple[Tensor, float | None]:
         """Advantages of the local transitions [M], and the value network's loss where it has one."""
         assert self.base is not None
@@ -143,7 +144,7 @@ class Trainer:
     # ---- one optimiser step
 
     def _update(
-        self, transitions: Transitions, text: Tensor, gains: Tensor, plan: Sequence[Request], update: int
+        self, transitions: Transitions, text: Conditioning, gains: Tensor, plan: Sequence[Request], update: int
     ) -> dict[str, float]:
         """One optimiser step over the transitions whose slot falls to this update, in micro-batches."""
         mine = (transitions.slot % self.config.updates_per_iteration == update).nonzero().flatten()
@@ -154,7 +155,9 @@ class Trainer:
         size = max(1, self.config.micro_batch_rows // self.policy.rows_per_transition)
         for index in mine.split(size):
             part = transitions.select(index)
-            loss, kl, deviation, clipped = (part.weight * v for v in self._losses(part, text[part.text], gains[index]))
+            loss, kl, deviation, clipped = (
+                part.weight * v for v in self._losses(part, text.rows(part.text), gains[index])
+            )
             # times D: the gradient of J per step, of a size that Adam's epsilon and grad_clip are made for
             (loss.sum() * part.latents[0].numel() / total).backward()
             flags[part.sample.cpu(), part.step.cpu()] += (~loss.detach().isfinite()).float().cpu()
@@ -177,7 +180,7 @@ class Trainer:
             "grad_norm": norm.item(),
         }
 
-    def _losses(self, part: Transitions, text: Tensor, gains: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _losses(self, part: Transitions, text: Conditioning, gains: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Per transition [M]: loss, KL in nats, |ratio - 1|, and whether the ratio is clipped."""
         mean, std = self.policy.transition(part, text, mix=1.0)
         log_prob = log_prob_of(part.prev_latents.float(), mean, std)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blend.conditioning import Conditioning
 from blend.finetune.config import TrainConfig
 from blend.finetune.policy import Transitions
 from blend.finetune.rollout import keyed_permutation
@@ -64,19 +65,19 @@ class ValueBaseline:
     def __init__(self, config: TrainConfig, model: DiffusionModel, workgroup: Workgroup) -> None:
         self.config = config
         self.workgroup = workgroup
-        channels, text_width = model.latent_channels, model.encode_prompts([""]).shape[-1]
+        channels, text_width = model.latent_channels, model.encode_prompts([""]).embeds.shape[-1]
         self.network = ValueNetwork(channels, text_width, seed=config.seed).to(model.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
 
-    def predict(self, transitions: Transitions, text: Tensor) -> Tensor:
-        """Values [M] of recorded states; text [N, L, D] holds the embeddings their `text` counts."""
-        pooled = text.float().mean(1)
+    def predict(self, transitions: Transitions, text: Conditioning) -> Tensor:
+        """Values [M] of recorded states; text holds the N rows that their `text` counts."""
+        pooled = text.embeds.float().mean(1)
         with torch.no_grad():
             return torch.cat([self._values(transitions.select(i), pooled) for i in self._parts(len(transitions))])
 
-    def fit(self, transitions: Transitions, text: Tensor, targets: Tensor, iteration: int) -> float:
+    def fit(self, transitions: Transitions, text: Conditioning, targets: Tensor, iteration: int) -> float:
         """STEPS MSE steps on random batches of the global transitions; returns the last loss."""
-        pooled = text.float().mean(1)
+        pooled = text.embeds.float().mean(1)
         slots = self.config.train_steps_per_sample
         owned = zip(transitions.sample.tolist(), transitions.slot.tolist(), strict=True)
         place = {sample * slots + slot: i for i, (sample, slot) in enumerate(owned)}

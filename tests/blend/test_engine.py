@@ -234,7 +234,7 @@ def test_a_recorded_trajectory_replays_with_ratio_one_under_autograd(tiny_model,
     path = output.trajectory
     assert path is not None
     assert_same(path.latents[-1], latents_of(output))
-    embeds = tiny_model.encode_prompts([PROMPT]).expand(4, -1, -1)
+    embeds = tiny_model.encode_prompts([PROMPT]).embeds.expand(4, -1, -1)
     noise_pred = bank.forward(path.latents[:-1], path.timesteps, embeds, torch.tensor([[0.0, 1.0]] * 4))
     step = tiny_model.ddim_step(noise_pred, path.latents[:-1], path.timesteps, path.prev_timesteps, eta=1.0, noise=None)
     ratio = (log_prob_of(path.latents[1:], step.mean, step.std) - path.log_probs).exp()

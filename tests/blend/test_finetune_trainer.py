@@ -89,7 +89,7 @@ def test_kl_of_the_policy_sums_to_the_engines_path_kl(make_trainer, guidance_sca
     path = scored.trajectories[0]
     everything = list(range(len(path.timesteps)))
     transitions = Transitions.of(scored, [dict.fromkeys(everything, 1.0) for _ in requests])
-    text = trainer.model.encode_prompts([request.prompt for request in requests])[transitions.text]
+    text = trainer.model.encode_prompts([request.prompt for request in requests]).rows(transitions.text)
     with torch.no_grad():
         mean, std = trainer.policy.transition(transitions, text, mix=1.0)
         base_mean, _ = trainer.policy.transition(transitions, text, mix=0.0)
@@ -108,7 +108,7 @@ def test_base_rows_ignore_the_adapter(make_trainer):
     plain, tuned = make_trainer(), nonzero(make_trainer())
     scored = plain.sampler.roll_out(plan_requests(plain.config, TRAIN, 0))
     part = Transitions.of(scored, [{0: 1.0, 1: 1.0} for _ in scored.requests])
-    text = plain.model.encode_prompts([request.prompt for request in scored.requests])[part.text]
+    text = plain.model.encode_prompts([request.prompt for request in scored.requests]).rows(part.text)
     with torch.no_grad():
         torch.testing.assert_close(
             tuned.policy.transition(part, text, mix=0.0)[0], plain.policy.transition(part, text, mix=1.0)[0]

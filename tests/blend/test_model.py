@@ -40,7 +40,7 @@ def test_the_facts_of_the_model(tiny_model: DiffusionModel):
 @pytest.mark.parametrize("prompt", ["A red colored car.", "", "far too long " * 40])
 def test_embeddings_equal_diffusers_cut_off_included(tiny_model, pipeline, prompt):
     expected, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
-    torch.testing.assert_close(tiny_model.encode_prompts([prompt]), expected)
+    torch.testing.assert_close(tiny_model.encode_prompts([prompt]).embeds, expected)
 
 
 def test_a_prompt_is_encoded_once_and_alike_in_any_company(tiny_sd_dir, monkeypatch):
@@ -48,8 +48,8 @@ def test_a_prompt_is_encoded_once_and_alike_in_any_company(tiny_sd_dir, monkeypa
     (text_encoder,) = model.text.text_encoders
     forward, calls = text_encoder.forward, []
     monkeypatch.setattr(text_encoder, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    alone = model.encode_prompts(["a cat"])
-    together = model.encode_prompts(["a dog", "a cat", "a cat"])
+    alone = model.encode_prompts(["a cat"]).embeds
+    together = model.encode_prompts(["a dog", "a cat", "a cat"]).embeds
     assert len(calls) == 2
     assert torch.equal(alone[0], together[1])
     assert torch.equal(together[1], together[2])
@@ -60,7 +60,7 @@ def test_embeddings_made_in_inference_mode_serve_a_backward_pass(tiny_sd_dir):
     with torch.inference_mode():
         model.encode_prompts(["a cat"])
     weight = torch.ones(1, requires_grad=True)
-    (model.encode_prompts(["a cat"]) * weight).sum().backward()
+    (model.encode_prompts(["a cat"]).embeds * weight).sum().backward()
     assert weight.grad is not None
 
 
