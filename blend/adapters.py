@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blend.lora_file import BASE_HASH_KEY, AdapterError, LoraLayer, read_lora, write_lora
-from blend.low_rank import Factors, Stack, call_of, shares_of, wrap
+from blend.low_rank import Factors, FactorTable, call_of, wrap
 from blend.text_kv import TextKV, encode_text, text_layers
 
 __all__ = ["ATTENTION_TARGETS", "AdapterBank", "AdapterError"]
@@ -34,7 +34,7 @@ class AdapterBank:
         self._base_hash = base_hash
         self._call = call_of(unet)
         self._adapters: dict[str, dict[str, LoraLayer]] = {}
-        self._stacks: dict[str, Stack] = {}
+        self._table: FactorTable | None = None
         self.version = 0  # counts loads and removals: what is kept from before no longer holds
         self._text_layers = text_layers(unet)
         for layer in self._text_layers:
@@ -134,11 +134,20 @@ class AdapterBank:
     @property
     def trainable(self) -> bool:
         """True when an adapter may still change."""
-        return any(stack.trainable for stack in self._stacks.values())
+        return self._table is not None and self._table.trainable
 
-    def factors(self) -> dict[str, Factors]:
-        """Return the stacked factors of every adapted layer by its name."""
-        return {layer: stack.factors(self._modules[layer].weight.dtype) for layer, stack in self._stacks.items()}
+    def factors(self) -> list[dict[str, Factors]]:
+        """Return each adapter's factors by layer, as of one row with weight 1."""
+        if self._table is None:
+            return []
+        return [self._table.cut(line[None]) for line in self._table.lines()[: len(self._adapters)]]
+
+    def gather(self, mix: Tensor, slots: int = 0) -> list[Tensor]:
+        """Return the factors of rows with mix [R, K] for `predict`; at least `slots` tensors when there are adapters.
+
+        mix is read on the host: on a GPU that waits for the device.
+        """
+        return [] if self._table is None else self._table.gather(mix, slots)
 
     def encode_text(self, embeds: Tensor) -> TextKV:
         """Return keys and values of the text rows `embeds` [P, L, D], for `forward`.
@@ -147,7 +156,7 @@ class AdapterBank:
         """
         layers = {name: self._linear(name, "text") for name in self._text_layers}
         with torch.no_grad():
-            return encode_text(layers, self.factors(), len(self._adapters), embeds)
+            return encode_text(layers, self.factors(), embeds)
 
     def forward(
         self,
@@ -170,14 +179,11 @@ class AdapterBank:
         if text is not None and self.trainable:
             raise AdapterError("keys and values kept for the text do not follow training: leave out `text`")
         lines = None if text is None or text_rows is None else text.mixed(text_rows, mix)
-        # rows of the base alone need no adapter arithmetic; looking costs a synchronisation on a GPU
-        idle = mix.shape[1] == 0 or (mix.device.type == "cpu" and not mix.any())
         return self.predict(
             sample,
             timesteps,
             encoder_hidden_states,
-            mix.to(sample.device),
-            {} if idle else self.factors(),
+            self.gather(mix),
             {} if text is None or lines is None else text.lines.outputs(lines),
             added_cond_kwargs or {},
         )
@@ -192,16 +198,17 @@ class AdapterBank:
         sample: Tensor,
         timesteps: Tensor,
         encoder_hidden_states: Tensor,
-        mix: Tensor,
-        factors: Mapping[str, Factors],
+        factors: Sequence[Tensor],
         outputs: Mapping[str, Tensor],
         added_cond_kwargs: Mapping[str, Tensor],
     ) -> Tensor:
-        """Run the UNet with what `forward` has prepared: factors() or {} for the base alone, outputs of text layers.
+        """Run the UNet with what `forward` has prepared: factors as `gather` gives them, outputs of the text layers.
 
         Neither copies from the host nor waits for the device, so that it can be compiled and captured in a graph.
         """
-        self._call.factors, self._call.outputs, self._call.shares = factors, outputs, shares_of(mix, factors)
+        table = self._table
+        self._call.factors = [] if table is None else [table.cut(lines) for lines in factors]
+        self._call.outputs = outputs
         try:
             prediction: Tensor = self.unet(
                 sample,
@@ -240,14 +247,12 @@ class AdapterBank:
 
     def _rewire(self) -> None:
         self.version += 1
-        stacks: dict[str, list[tuple[int, LoraLayer]]] = {}
-        for column, layers in enumerate(self._adapters.values()):
-            for layer, factors in layers.items():
-                stacks.setdefault(layer, []).append((column, factors))
-        for layer in stacks:
+        adapted = {layer: None for layers in self._adapters.values() for layer in layers}
+        for layer in adapted:
             wrap(self.unet, layer, self._call)
         self._modules = dict(self.unet.named_modules())
-        self._stacks = {layer: Stack(members, members[0][1].up.device) for layer, members in stacks.items()}
+        layers = {layer: self._linear(layer, "adapters") for layer in adapted}
+        self._table = FactorTable(layers, list(self._adapters.values())) if layers else None
 
 
 def _targets(layer: str, target: str) -> bool:

@@ -1,12 +1,13 @@
 """Linear layers that add low-rank factors per row, and what one forward tells all of them.
 
-An adapted layer computes base(x) + ((x A^T) * mix) B^T, with A [K r, in] and B [out, K r] stacked over the K adapters
-and mix [rows, K] repeated over their ranks. Knows neither files nor names of adapters: that is the bank's business.
+An adapted layer computes base(x) + sum_j (x A_j^T) B_j, where j runs over the adapters that the row at hand uses: their
+factors are gathered per row ahead of the forward, all layers at once. A row pays for the adapters it uses, and one it
+does not use cannot touch it. Knows neither files nor names of adapters: that is the bank's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,38 +17,26 @@ from torch.nn import functional
 
 from blend.lora_file import LoraLayer
 
+_KEPT_BYTES = 128 * 2**20
+_KEPT_TILES = 8
+
 
 class Factors(NamedTuple):
-    """One layer's adapters, stacked."""
+    """One layer's factors per row."""
 
-    down: Tensor  # [K r, in]
-    up: Tensor  # [out, K r], the scales folded in
-    columns: Tensor  # [K r] the column of `mix` that each rank belongs to
-    layout: tuple[int, ...]  # the same on the host: layers of one layout share one mix
-
-
-class Share(NamedTuple):
-    """A mix repeated over the ranks of one layout."""
-
-    weight: Tensor  # [R, K r]
-    unused: Tensor  # [R, K r] where weight is 0
-
-    def spread(self, x: Tensor) -> Share:
-        """Return views that broadcast against x [R, .., in]."""
-        shape = (self.weight.shape[0], *[1] * (x.dim() - 2), self.weight.shape[1])
-        return Share(self.weight.view(shape), self.unused.view(shape))
+    down: Tensor  # A [R, r, in]
+    up: Tensor  # B [R, r, out], the scale and the row's weight folded in
 
 
 @dataclass(slots=True)
 class Call:
     """What the forward under way tells the layers of one UNet; empty between forwards, which leaves the base."""
 
-    factors: Mapping[str, Factors] = field(default_factory=dict)  # by layer name; empty when no row uses an adapter
-    shares: Mapping[tuple[int, ...], Share] = field(default_factory=dict)  # by layout
+    factors: Sequence[Mapping[str, Factors]] = ()  # by slot and layer: slot j holds the j-th adapter that a row uses
     outputs: Mapping[str, Tensor] = field(default_factory=dict)  # [R, L, out] of layers that need not run (text K/V)
 
     def clear(self) -> None:
-        self.factors, self.shares, self.outputs = {}, {}, {}
+        self.factors, self.outputs = (), {}
 
 
 class AdaptedLinear(nn.Linear):
@@ -67,21 +56,17 @@ class AdaptedLinear(nn.Linear):
         if ready is not None:
             return ready
         output = functional.linear(x, self.weight, self.bias)
-        factors = self.call.factors.get(self.name)
-        if factors is None:
-            return output
-        return add_low_rank(output, x, factors, self.call.shares[factors.layout])
+        for slot in self.call.factors:
+            if self.name in slot:
+                add_low_rank(output, x, slot[self.name])
+        return output
 
 
-def add_low_rank(output: Tensor, x: Tensor, factors: Factors, share: Share) -> Tensor:
-    """Add the adapters' part to output [R, .., out], in place."""
-    weight, unused = share.spread(x)
-    # an overflow in an adapter that a row does not use must stay out of that row: 0 * inf is not 0
-    hidden = functional.linear(x, factors.down).mul_(weight).masked_fill_(unused, 0.0)
-    flat = hidden.view(-1, hidden.shape[-1])
-    # one fused product instead of a product, a temporary of the output's size and a sum
-    output.view(-1, output.shape[-1]).addmm_(flat, factors.up.t())
-    return output
+def add_low_rank(output: Tensor, x: Tensor, factors: Factors) -> None:
+    """Add (x A^T) B to output [R, .., out], in place: no temporary of the output's size."""
+    rows = x.shape[0]
+    hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), factors.down.transpose(1, 2))
+    output.view(rows, -1, output.shape[-1]).baddbmm_(hidden, factors.up)
 
 
 def wrap(unet: nn.Module, name: str, call: Call) -> None:
@@ -100,46 +85,108 @@ def call_of(unet: nn.Module) -> Call:
     return Call()
 
 
-class Stack:
-    """The adapters of one layer, stacked; kept for inference and rebuilt when a trainable factor has changed."""
+class Kept:
+    """The tensors made last, by what they were made from, within bounds."""
 
-    def __init__(self, members: list[tuple[int, LoraLayer]], device: torch.device) -> None:
-        self._members = [factors for _, factors in members]
-        self._layout = tuple(k for k, factors in members for _ in range(factors.rank))
-        # on the device from the start: a copy from the host would break a CUDA graph
-        self._columns = torch.tensor(self._layout, device=device)
-        self._trainable = [f for m in self._members for f in (m.down, m.up) if isinstance(f, nn.Parameter)]
-        self._kept: Factors | None = None
-        self._kept_for: tuple[Any, ...] = ()
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return what is kept for `key`, or make and keep it; what was made first is dropped first."""
+        found = self._kept.get(key)
+        if found is None:
+            found = make()
+            while len(self._kept) >= max(1, min(_KEPT_TILES, _KEPT_BYTES // max(1, found.nbytes))):
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = found
+        return found
+
+
+class FactorTable:
+    """The factors of all adapters and layers: one line [N] per adapter, first every A, then every B."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], adapters: Sequence[Mapping[str, LoraLayer]]) -> None:
+        self._adapters = adapters
+        members = {name: [one[name] for one in adapters if name in one] for name in layers}
+        # adapters of lower rank, and those that leave a layer alone, are padded with zeros
+        self._ranks = {name: max(factors.rank for factors in each) for name, each in members.items()}
+        self._layers = layers
+        self._downs = sum(rank * layers[name].in_features for name, rank in self._ranks.items())
+        every = (factor for each in members.values() for one in each for factor in (one.down, one.up))
+        self._trainable = [factor for factor in every if isinstance(factor, nn.Parameter)]
+        self._table: Tensor | None = None
+        self._made_for: tuple[Any, ...] = ()
+        self._kept = Kept()
 
     @property
     def trainable(self) -> bool:
-        """True when a member may still change; a frozen parameter may not."""
+        """True when a factor may still change; a frozen parameter may not."""
         return any(factor.requires_grad for factor in self._trainable)
 
-    def factors(self, dtype: torch.dtype) -> Factors:
-        """Return the stacked factors; with gradients when they are enabled and a member is trainable."""
-        if self._trainable and torch.is_grad_enabled():
-            return self._build(dtype)
+    def lines(self) -> Tensor:
+        """Return [K + 1, N], the last line all zeros; with gradients when they are enabled and a factor wants them."""
+        if self.trainable and torch.is_grad_enabled():
+            return self._build()
         # a parameter's version counts its in-place updates; writes through .data escape it
-        version = (dtype, *((factor._version, factor.data_ptr()) for factor in self._trainable))
-        if self._kept is None or version != self._kept_for:
+        version = (self._dtype, *((factor._version, factor.data_ptr()) for factor in self._trainable))
+        if self._table is None or version != self._made_for:
             # tensors made in inference mode could not be used by a later backward pass
             with torch.inference_mode(False), torch.no_grad():
-                self._kept, self._kept_for = self._build(dtype), version
-        return self._kept
+                self._table, self._made_for = self._build(), version
+                self._kept = Kept()
+        return self._table
 
-    def _build(self, dtype: torch.dtype) -> Factors:
-        down = torch.cat([member.down for member in self._members])
-        up = torch.cat([member.up * member.scale for member in self._members], dim=1)
-        return Factors(down.to(dtype), up.to(dtype), self._columns, self._layout)
+    def gather(self, mix: Tensor, slots: int = 0) -> list[Tensor]:
+        """Return, for each slot, the lines [R, N] of the adapters that rows with mix [R, K] use.
 
+        There are as many slots as adapters in the row that uses most, and at least `slots`.
+        """
+        table, rows = self.lines(), mix.tolist()
+        used = [[(k, weight) for k, weight in enumerate(row) if weight != 0] for row in rows]
+        found = []
+        for slot in range(max(slots, *(len(row) for row in used))):
+            pairs = tuple(row[slot] if slot < len(row) else (len(self._adapters), 1.0) for row in used)
+            if table.requires_grad:
+                found.append(self._take(table, pairs))
+            else:
+                found.append(self._kept.get(pairs, lambda pairs=pairs: self._take(table, pairs)))  # type: ignore[misc]
+        return found
 
-def shares_of(mix: Tensor, factors: Mapping[str, Factors]) -> dict[tuple[int, ...], Share]:
-    """Repeat mix [R, K] over the ranks of every layout among `factors`."""
-    shares: dict[tuple[int, ...], Share] = {}
-    for one in factors.values():
-        if one.layout not in shares:
-            weight = mix.index_select(1, one.columns).to(one.down.dtype)
-            shares[one.layout] = Share(weight, weight == 0)
-    return shares
+    def cut(self, lines: Tensor) -> dict[str, Factors]:
+        """Cut lines [R, N] into the factors of every layer, as views."""
+        shapes = [(rank, layer.in_features) for rank, layer in zip(self._ranks.values(), self._linears, strict=True)]
+        shapes += [(rank, layer.out_features) for rank, layer in zip(self._ranks.values(), self._linears, strict=True)]
+        parts = lines.split([rank * width for rank, width in shapes], dim=1)
+        views = [part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        count = len(self._ranks)
+        return {name: Factors(views[i], views[count + i]) for i, name in enumerate(self._ranks)}
+
+    @property
+    def _linears(self) -> list[nn.Linear]:
+        return [self._layers[name] for name in self._ranks]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._linears[0].weight.dtype
+
+    def _take(self, table: Tensor, pairs: Sequence[tuple[int, float]]) -> Tensor:
+        lines = table.index_select(0, torch.tensor([k for k, _ in pairs], device=table.device))
+        weights = torch.tensor([weight for _, weight in pairs], dtype=table.dtype)
+        if bool((weights != 1).any()):
+            lines[:, self._downs :].mul_(weights.to(table.device)[:, None])
+        return lines
+
+    def _build(self) -> Tensor:
+        table = []
+        for adapter in self._adapters:
+            downs, ups = [], []
+            for name, rank in self._ranks.items():
+                layer, factors = self._layers[name], adapter.get(name)
+                missing = rank if factors is None else rank - factors.rank
+                if factors is not None:
+                    downs.append(factors.down.flatten())
+                    ups.append((factors.up * factors.scale).t().flatten())
+                downs.append(layer.weight.new_zeros(missing * layer.in_features))
+                ups.append(layer.weight.new_zeros(missing * layer.out_features))
+            table.append(torch.cat([*downs, *ups]))
+        return torch.stack([*table, torch.zeros_like(table[0])]).to(self._dtype)

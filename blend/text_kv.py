@@ -16,13 +16,12 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blend.low_rank import Factors
+from blend.low_rank import Factors, Kept
 
 if TYPE_CHECKING:
     from blend.adapters import AdapterBank
 
-_KEPT_BYTES = 128 * 2**20  # of the tables of prompts seen before, and of mixed rows between two steps
-_KEPT_MIXES = 8  # tiles whose rows see the same text under the same weights at the next step
+_KEPT_BYTES = 128 * 2**20  # of the tables of prompts seen before
 
 
 def text_layers(unet: nn.Module) -> tuple[str, ...]:
@@ -60,7 +59,7 @@ class TextKV:
 
     tables: tuple[Tensor, ...]  # P of [K + 1, N]: the base's line, then what each adapter adds to it
     lines: Lines
-    _kept: dict[tuple[tuple[int, ...], tuple[float, ...]], Tensor] = field(default_factory=dict)
+    _kept: Kept = field(default_factory=Kept)  # rows see the same text, mostly under the same weights, step by step
 
     @staticmethod
     def cat(parts: Sequence[TextKV]) -> TextKV:
@@ -76,17 +75,10 @@ class TextKV:
 
         Each row is summed by itself, so that its bits do not depend on the others.
         """
-        key = tuple(rows.tolist()), tuple(mix.flatten().tolist())
-        lines = self._kept.get(key)
-        if lines is None:
-            lines = self._mix(key[0], mix.tolist())
-            most = min(_KEPT_MIXES, _KEPT_BYTES // lines.nbytes)
-            while len(self._kept) >= max(most, 1):
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = lines
-        return lines
+        texts, weights = tuple(rows.tolist()), tuple(map(tuple, mix.tolist()))
+        return self._kept.get((texts, weights), lambda: self._mix(texts, weights))
 
-    def _mix(self, rows: tuple[int, ...], mix: list[list[float]]) -> Tensor:
+    def _mix(self, rows: Sequence[int], mix: Sequence[Sequence[float]]) -> Tensor:
         lines = torch.stack([self.tables[row][0] for row in rows])
         for line, row, weights in zip(lines, rows, mix, strict=True):
             for delta, weight in zip(self.tables[row][1:], weights, strict=True):
@@ -95,32 +87,27 @@ class TextKV:
         return lines
 
 
-def encode_text(
-    layers: Mapping[str, nn.Linear], factors: Mapping[str, Factors], adapters: int, embeds: Tensor
-) -> TextKV:
-    """Compute the tables of embeds [P, L, D], each row alone, so that its bits do not depend on the others."""
-    shapes = {name: (embeds.shape[1], layer.out_features) for name, layer in layers.items()}
+def encode_text(layers: Mapping[str, nn.Linear], adapters: Sequence[Mapping[str, Factors]], embeds: Tensor) -> TextKV:
+    """Compute the tables of embeds [P, L, D], each row alone, so that its bits do not depend on the others.
+
+    adapters: the factors of each, as of one row.
+    """
+    lines = Lines({name: (embeds.shape[1], layer.out_features) for name, layer in layers.items()})
     tables = []
     for text in embeds:
-        lines: list[list[Tensor]] = [[] for _ in range(adapters + 1)]
-        for name, layer in layers.items():
-            output = functional.linear(text, layer.weight, layer.bias)
-            lines[0].append(output)
-            for adapter, delta in enumerate(_deltas(text, factors.get(name), adapters)):
-                lines[adapter + 1].append(torch.zeros_like(output) if delta is None else delta)
-        tables.append(torch.stack([torch.cat([part.flatten() for part in line]) for line in lines]))
-    return TextKV(tuple(tables), Lines(shapes))
+        base = [functional.linear(text, layer.weight, layer.bias) for layer in layers.values()]
+        table = [torch.cat([part.flatten() for part in base])]
+        for factors in adapters:
+            deltas = [_delta(text, factors.get(name), part) for name, part in zip(layers, base, strict=True)]
+            table.append(torch.cat([part.flatten() for part in deltas]))
+        tables.append(torch.stack(table))
+    return TextKV(tuple(tables), lines)
 
 
-def _deltas(text: Tensor, factors: Factors | None, adapters: int) -> list[Tensor | None]:
+def _delta(text: Tensor, factors: Factors | None, base: Tensor) -> Tensor:
     if factors is None:
-        return [None] * adapters
-    hidden = functional.linear(text, factors.down)
-    deltas: list[Tensor | None] = []
-    for adapter in range(adapters):
-        ranks = [rank for rank, column in enumerate(factors.layout) if column == adapter]
-        deltas.append(functional.linear(hidden[:, ranks], factors.up[:, ranks]) if ranks else None)
-    return deltas
+        return torch.zeros_like(base)
+    return functional.linear(text, factors.down[0]) @ factors.up[0]
 
 
 class TextCache:

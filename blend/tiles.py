@@ -2,7 +2,7 @@
 
 Compiled tiles and graphs read their rows from buffers that stay where they are. What is left over of a buffer holds
 rows of an earlier tile, whose predictions nobody reads. Neither the numbers nor the layout of a batch reach the
-captured region from the host: mixes, and the text's keys and values, are buffers like the latents.
+captured region from the host: factors, and the text's keys and values, are buffers like the latents.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ class Tiles:
         if not self.options.fixed or size is None or self.bank.trainable:
             return self.bank.forward(sample, timesteps, encoder_hidden_states, mix, text, text_rows, added_cond_kwargs)
         self.bank.check_mix(mix, sample.shape[0])
-        rows = {"sample": sample, "timesteps": timesteps, "encoder_hidden_states": encoder_hidden_states, "mix": mix}
+        rows = {"sample": sample, "timesteps": timesteps, "encoder_hidden_states": encoder_hidden_states}
+        # two kinds of tile alone: rows of one adapter each, and rows that mix any number of them
+        factors = self.bank.gather(mix, 1)
+        factors = self.bank.gather(mix, mix.shape[1]) if len(factors) > 1 else factors
+        rows.update((f"factors.{slot}", lines) for slot, lines in enumerate(factors))
         rows.update((f"added.{name}", value) for name, value in (added_cond_kwargs or {}).items())
         if text is not None and text_rows is not None:
             rows["text"] = text.mixed(text_rows, mix)
@@ -166,17 +170,18 @@ class _Slot:
 def _predictor(bank: AdapterBank, text: TextKV | None) -> Callable[[dict[str, Tensor]], Tensor]:
     # only the shapes of the text's lines: the slot outlives the prompts
     cut = None if text is None else text.lines
-    factors = bank.factors()
+
+    def part(rows: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in rows.items() if name.startswith(prefix)}
 
     def predict(rows: dict[str, Tensor]) -> Tensor:
         return bank.predict(
             rows["sample"],
             rows["timesteps"],
             rows["encoder_hidden_states"],
-            rows["mix"],
-            factors,
+            list(part(rows, "factors.").values()),
             cut.outputs(rows["text"]) if cut is not None else {},
-            {name.removeprefix("added."): value for name, value in rows.items() if name.startswith("added.")},
+            part(rows, "added."),
         )
 
     return predict

@@ -64,13 +64,13 @@ def open_net(name: str) -> nn.Module:
 
 def with_peft(net: nn.Module, bank: AdapterBank) -> nn.Module:
     """A copy of a plain net with the same adapters as PEFT's own layers."""
-    for column, name in enumerate(bank.names):
+    for name, layers in zip(bank.names, bank.factors(), strict=True):
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(ATTENTION_TARGETS))
         inject_adapter_in_model(config, net, adapter_name=name)
-        for layer, factors in bank.factors().items():
-            ranks, target = factors.columns == column, net.get_submodule(layer)
-            target.lora_A[name].weight.data.copy_(factors.down[ranks])
-            target.lora_B[name].weight.data.copy_(factors.up[:, ranks])
+        for layer, factors in layers.items():
+            target = net.get_submodule(layer)
+            target.lora_A[name].weight.data.copy_(factors.down[0])
+            target.lora_B[name].weight.data.copy_(factors.up[0].t())
     return net.requires_grad_(False)
 
 

@@ -49,12 +49,10 @@ class MergedLinear(nn.Linear):
 def merge(net: nn.Module, bank: AdapterBank) -> MergedCall:
     """Give `net`, a copy of the bank's UNet or that UNet itself, K + 1 weights in every adapted layer."""
     call = MergedCall()
-    for name, factors in bank.factors().items():
+    adapters = bank.factors()
+    for name in adapters[0]:
         linear = net.get_submodule(name)
-        products = [
-            (factors.up[:, ranks] @ factors.down[ranks]).to(linear.weight.dtype)
-            for ranks in (factors.columns == adapter for adapter in range(len(bank.names)))
-        ]
+        products = [factors[name].up[0].t() @ factors[name].down[0] for factors in adapters]
         stack = torch.stack([linear.weight, *(linear.weight + product for product in products)])
         net.set_submodule(name, MergedLinear(linear, name, stack, call))
     return call
