@@ -161,6 +161,7 @@ def measure(effort: Effort) -> dict[str, Any]:
     rows_per_s = max(group["engine_rows_per_s"] for name, group in race.items() if name.startswith("concurrent"))
     return {
         **headline(race, policies),
+        "load_average": round(os.getloadavg()[1], 2),  # well above 1: others computed here too, trust ratios alone
         "threads": THREADS,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "adapters": len(workload.basis),
@@ -194,7 +195,7 @@ def print_ratios(figures: dict[str, Any]) -> None:
         for name, row in policies[load].items():
             p95 = f"{row['latency_p95_s']:.2f}"
             batching.add_row(load, name, f"{row['sample_steps_per_s']:.1f}", p95, shown(row.get("ratio_by_batch")))
-    Console().print(requests, batching)
+    Console(width=100).print(requests, batching)
 
 
 def shown(ratio: dict[str, float] | None) -> str:
