@@ -172,6 +172,9 @@ class Session:
 
     def figures(self) -> dict[str, float]:
         """Throughput and latency; a batch that has not ended counts for nothing."""
+        # on a busy machine a batch may take longer than all of its turns
+        while self._began is None or not self.latencies:
+            self.advance(SLICE_S)
         seconds = self.measured - (self._began or 0.0)
         useful = self.useful + self.server.steps_under_way()
         ordered = sorted(self.latencies)
