@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,42 @@ def test_images_equal_diffusers_and_do_not_depend_on_company(tiny_model, pipelin
     assert torch.equal(images[1:2], tiny_model.decode(latents[1:2]))
 
 
+@pytest.mark.parametrize("upcast", [True, False])
+def test_in_float16_an_sdxl_decoder_that_overflows_runs_in_float32(tiny_sdxl_dir: Path, tmp_path: Path, upcast):
+    directory = Path(shutil.copytree(tiny_sdxl_dir, tmp_path / "sdxl"))
+    edit(directory / "vae" / "config.json", force_upcast=upcast)
+    half, exact = load_model(directory, dtype=torch.float16), load_model(directory)
+    assert half.vae.dtype == (torch.float32 if upcast else torch.float16)
+    assert half.unet.dtype == half.text.text_encoders[1].dtype == torch.float16
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = half.decode(latents)
+    assert images.dtype == torch.float32
+    assert (images - exact.decode(latents)).abs().max() < 0.01
+
+
+def test_in_float16_other_decoders_stay_as_diffusers_leaves_them(tiny_sd_dir: Path):
+    assert load_model(tiny_sd_dir, dtype=torch.float16).vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"scaling_factor": 0.5, "shift_factor": 0.25}, lambda z: z / 0.5 + 0.25),
+        (
+            {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 1.0, 1.0, 0.5]},
+            lambda z: z * torch.tensor([2.0, 1, 1, 0.5]).view(4, 1, 1) / 0.5 + torch.arange(1.0, 5).view(4, 1, 1),
+        ),
+    ],
+)
+def test_latents_are_scaled_back_as_the_autoencoder_says(copied: Path, changes, expected):
+    edit(copied / "vae" / "config.json", **changes)
+    model = load_model(copied)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        raw = model.vae.decode(expected(latents)).sample
+    torch.testing.assert_close(model.decode(latents), raw.div(2).add(0.5).clamp(0, 1))
+
+
 def test_a_tiny_autoencoder_will_do(copied: Path):
     shutil.rmtree(copied / "vae")
     channels = (8, 8, 8)
@@ -120,19 +157,62 @@ def test_sizes_that_are_no_whole_latents_are_refused(tiny_model, height, width, 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline: use"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "addition_embed_type=None, SDXL base models",
+        ),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "is a StableDiffusion3Pipeline: use"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline: use .*StableDiffusionXLPipeline"),
+        ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "is a StableDiffusionInpaintPipeline"),
         ("model_index.json", {"vae": ["os", "system"]}, r"vae is os\.system: use a class of"),
         ("model_index.json", {"unet": ["diffusers", "UNet2DModel"]}, "unet is a UNet2DModel"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is 'sample'"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ("unet/config.json", {"in_channels": 9}, "cannot be loaded"),
-        ("unet/config.json", {"time_cond_proj_dim": 8}, "time_cond_proj_dim|cannot be loaded"),
+        ("unet/config.json", {"time_cond_proj_dim": 8}, r"time_cond_proj_dim=8 \(distilled guidance\).*have None: use"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type='text_time'.*have None: use"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
     ],
 )
 def test_models_of_another_kind_are_refused(copied: Path, file, changes, message):
     edit(copied / file, **changes)
     with pytest.raises(ModelError, match=message):
+        load_model(copied)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "model_index.json",
+            {"requires_aesthetics_score": True},
+            "requires_aesthetics_score=True.*SDXL refiner.*use an",
+        ),
+        ("model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"}, "InpaintPipeline: use"),
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "'text_time', Stable Diffusion 1 or 2 models"),
+        ("model_index.json", {"text_encoder": [None, None]}, r"text_encoder is None\.None: use a class of"),
+        (
+            "model_index.json",
+            {"text_encoder_2": ["transformers", "CLIPTextModel"]},
+            "use .* CLIPTextModelWithProjection",
+        ),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256"),
+        ("unet/config.json", {"addition_time_embed_dim": 16}, "takes 68 added features.* give 116"),
+    ],
+)
+def test_sdxl_models_of_another_kind_are_refused(tiny_sdxl_dir: Path, tmp_path: Path, file, changes, message):
+    directory = Path(shutil.copytree(tiny_sdxl_dir, tmp_path / "sdxl"))
+    edit(directory / file, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("kind", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_a_schedule_without_betas_is_refused(copied: Path, kind):
+    (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": kind, "sigma_data": 0.5}))
+    with pytest.raises(ModelError, match=f"a {kind}, states no beta_start"):
         load_model(copied)
 
 
@@ -171,6 +251,27 @@ def test_the_hash_is_that_of_content(copied: Path, tiny_sd_dir: Path):
     assert model_hash(copied) == known
     edit(copied / "scheduler" / "scheduler_config.json", steps_offset=0)
     assert model_hash(copied) != known
+
+
+def test_the_hash_counts_what_is_loaded_and_no_more(copied: Path, tiny_sdxl_dir: Path, tmp_path: Path):
+    known = model_hash(copied)
+    shutil.copytree(copied / "text_encoder", copied / "text_encoder_2")
+    assert model_hash(copied) == known
+    sdxl = Path(shutil.copytree(tiny_sdxl_dir, tmp_path / "sdxl"))
+    hashes = [model_hash(sdxl)]
+    for part in ("unet", "text_encoder_2", "tokenizer_2"):
+        (sdxl / part / "extra.json").write_text("{}")
+        hashes.append(model_hash(sdxl))
+    assert len(set(hashes)) == 4
+    edit(sdxl / "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(ModelError, match="is a FluxPipeline"):
+        model_hash(sdxl)
+
+
+def test_the_hash_of_the_shipped_base_is_the_one_its_bundle_names():
+    sprites = Path(str(files("blend.sprites")))
+    bundle = json.loads((sprites / "registry" / "bundles" / "sprites" / "versions" / "000001.json").read_text())
+    assert model_hash(sprites / "base") == bundle["base"]["sha256"]
 
 
 def test_the_hash_needs_a_local_directory():
