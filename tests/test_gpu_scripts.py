@@ -55,3 +55,11 @@ def test_all_ways_to_run_adapters_agree(script, capsys):
     lines, _ = lines_of(capsys)
     assert [line["kind"] for line in lines] == ["one-hot", "soup"]
     assert {"low_rank", "merged_groups", "merged_gathered", "peft"} <= set(lines[0])
+
+
+@pytest.mark.parametrize("path", ["single", "low_rank", "merged"])
+def test_memory_is_measured_for_every_path(script, capsys, path):
+    script("memory").main(["--path", path, "--size", "tiny", "--pixels", "64", "--device", "cpu"])
+    lines, _ = lines_of(capsys)
+    assert lines[0]["weight_bytes"] > 0
+    assert bool(lines[0]["merged_bytes"]) == (path == "merged")
