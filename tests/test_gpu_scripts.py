@@ -27,7 +27,7 @@ def test_the_main_script_measures_every_thing_once(script, capsys):
     from blend.preference import METHODS
 
     script("blend_on_gpu").main(
-        ["--size", "tiny", "--device", "cpu", "--rows", "2", "6", "--repeats", "1", "--images", "2", "--steps", "2"]
+        ["--size", "tiny", "--device", "cpu", "--rows", "2", "6", "--repeats", "1", "--images", "1", "--steps", "2"]
     )
     lines, table = lines_of(capsys)
     assert [line["rows"] for line in lines if line["kind"] == "tile"] == [2, 6]
