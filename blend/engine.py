@@ -21,10 +21,12 @@ from torch import Tensor
 
 from blend.adapters import AdapterBank
 from blend.conditioning import Conditioning
+from blend.courses import stand, take_step
 from blend.ddim import DDIMStep, kl_of
 from blend.mixing import blend_predictions
 from blend.model import DiffusionModel
 from blend.plans import StepRows
+from blend.previews import Previewer
 from blend.running import DenoisingError, Output, Running, Trajectory, start
 from blend.sample import Sample, SampleError
 from blend.text_kv import TextCache
@@ -60,6 +62,7 @@ class BlendEngine:
         self._runner = Tiles(bank, tiles)
         self._text = TextCache(bank)
         self._tickets = itertools.count()
+        self._previewer = Previewer(model)
         self._waiting: deque[Running] = deque()
         self._active: dict[int, Running] = {}
         self._batches: list[_Batch] | None = None
@@ -91,9 +94,23 @@ class BlendEngine:
 
     def progress(self, ticket: int) -> tuple[int, int]:
         """Return (steps done, steps in all) of a sample that is waiting or in flight; KeyError otherwise."""
+        running = self._find(ticket)
+        return running.step, running.total
+
+    def preview(self, ticket: int) -> Tensor | None:
+        """Return the x_0 that a sample's latest step predicted, as an image in [0, 1]; None before its first step.
+
+        [3, H, W] where the model's decoder is a tiny one; elsewhere one pixel per latent cell, [3, h, w], from a map
+        fitted to this engine's own `decode` calls, or to one decoding of its own if there were none. All work is done
+        here and none in step(). KeyError when the sample is not waiting or in flight.
+        """
+        origin = self._find(ticket).origin
+        return None if origin is None else self._previewer.show(origin)
+
+    def _find(self, ticket: int) -> Running:
         for running in itertools.chain(self._active.values(), self._waiting):
             if running.ticket == ticket:
-                return running.step, running.total
+                return running
         raise KeyError(f"no sample with ticket {ticket} is waiting or in flight")
 
     @torch.inference_mode()
@@ -132,7 +149,10 @@ class BlendEngine:
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Return images [B, 3, H, W] in [0, 1] for latents [C, h, w] of one shape."""
-        return self.model.decode(torch.stack(list(latents)))
+        stacked = torch.stack(list(latents))
+        images = self.model.decode(stacked)
+        self._previewer.observe(stacked, images)
+        return images
 
     def _admit(self) -> None:
         rows = sum(running.plan.peak_rows for running in self._active.values())
@@ -154,22 +174,19 @@ class BlendEngine:
     def _advance(self, batch: _Batch) -> None:
         rows = batch.rows()
         latents = torch.stack([running.latents for running in batch.members])
-        timesteps, prev_timesteps = batch.timesteps()
+        timesteps = torch.stack([r.course.timesteps[r.step] for r in batch.members])
         try:
             preds = self._predict(batch, rows, latents, timesteps)
         except RuntimeError as error:  # out of memory, or a shape that the UNet cannot take
             for running in batch.members:
                 running.fail(error)
             return
-        timesteps, prev_timesteps = timesteps.to(latents.device), prev_timesteps.to(latents.device)
-        noise_pred = rows.predict(preds)
-        taken = self.model.ddim_step(
-            noise_pred, latents, timesteps, prev_timesteps, eta=batch.eta, noise=batch.draw_noise()
-        )
+        at = stand([(r.course, r.step, r.origin) for r in batch.members], latents)
+        taken = take_step(self.model, rows.predict(preds), latents, at, eta=batch.eta, noise=batch.draw_noise())
         kl = None
         if batch.measured:
             base_pred = blend_predictions(preds, rows.base_coefficients, rows.owner, len(batch.members))
-            base = self.model.ddim_step(base_pred, latents, timesteps, prev_timesteps, eta=batch.eta, noise=None)
+            base = take_step(self.model, base_pred, latents, at, eta=batch.eta, noise=None)
             kl = kl_of(taken.mean, base.mean, taken.std)
         _store(batch.members, taken, kl)
 
@@ -203,7 +220,7 @@ def _store(members: Sequence[Running], taken: DDIMStep, kl: Tensor | None) -> No
     finite = taken.prev_sample.isfinite().flatten(1).all(1).tolist()
     divergences = [0.0] * len(members) if kl is None else kl.tolist()
     for i, running in enumerate(members):
-        running.advance(taken.prev_sample[i], taken.log_prob[i], divergences[i], finite[i])
+        running.advance(taken.prev_sample[i], taken.origin[i], taken.log_prob[i], divergences[i], finite[i])
 
 
 class _Batch:
@@ -225,11 +242,6 @@ class _Batch:
         if self._rows is None or any(a is not b for a, b in zip(planned, self._rows.planned, strict=True)):
             self._rows = _BatchRows(self.members, planned)
         return self._rows
-
-    def timesteps(self) -> tuple[Tensor, Tensor]:
-        """Return (timesteps [n], prev_timesteps [n]) of this step."""
-        now = torch.stack([r.timesteps[r.step] for r in self.members])
-        return now, torch.stack([r.prev_timesteps[r.step] for r in self.members])
 
     def draw_noise(self) -> Tensor:
         """Return [n, C, h, w]; drawn on the CPU, so that a seed means the same on every device."""

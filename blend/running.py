@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blend.conditioning import Conditioning
+from blend.courses import Course, plot_course
 from blend.model import DiffusionModel, ModelError
 from blend.plans import Plan, StepRows, plan_rows
 from blend.sample import Sample, SampleError, check_sample
@@ -50,20 +51,20 @@ class Running:
     plan: Plan
     prompts: tuple[str | None, str]  # the negative prompt, None for none, and the prompt
     conditioning: Conditioning  # of these two
-    timesteps: Tensor  # [T] on the CPU
-    prev_timesteps: Tensor
+    course: Course  # on the CPU
     generator: torch.Generator
     latents: Tensor  # [C, h, w]
     step: int = 0
     error: Exception | None = None
     path_kl: float = 0.0
+    origin: Tensor | None = None  # [C, h, w] the x_0 predicted by the latest step; None before the first
     kept: Tensor | None = None  # [C, h, w] the residual that an earlier step kept for later ones
     history: list[Tensor] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        return len(self.timesteps)
+        return len(self.course.timesteps)
 
     @property
     def rows(self) -> StepRows:
@@ -80,10 +81,11 @@ class Running:
             return torch.zeros(self.latents.shape)
         return torch.randn(self.latents.shape, generator=self.generator)
 
-    def advance(self, prev_sample: Tensor, log_prob: Tensor, kl: float, finite: bool) -> None:
+    def advance(self, prev_sample: Tensor, origin: Tensor, log_prob: Tensor, kl: float, finite: bool) -> None:
         """Take over the step's result, or end with an error when it is not finite."""
         self.step += 1
         self.latents = prev_sample
+        self.origin = origin
         self.path_kl += kl
         if self.sample.record:
             self.history.append(prev_sample)
@@ -111,8 +113,8 @@ class Running:
             if self.sample.record:
                 trajectory = Trajectory(
                     latents=torch.stack(self.history).clone(),
-                    timesteps=self.timesteps.clone(),
-                    prev_timesteps=self.prev_timesteps.clone(),
+                    timesteps=self.course.timesteps.clone(),
+                    prev_timesteps=self.course.prev_timesteps.clone(),
                     log_probs=torch.stack(self.log_probs).clone(),
                 )
             path_kl = self.path_kl if self.plan.measured and self.sample.eta > 0 else None
@@ -125,13 +127,13 @@ def start(ticket: int, sample: Sample, model: DiffusionModel, basis: Sequence[st
     height = model.default_height if sample.height is None else sample.height
     width = model.default_width if sample.width is None else sample.width
     try:
-        timesteps, prev_timesteps = model.timesteps(sample.num_inference_steps)
+        course = plot_course(model, sample.num_inference_steps, sample.solver)
         shape = model.latents_shape(height, width)
     except ModelError as error:
         # the model's message starts with the field it is about
         raise SampleError(str(error), str(error).split()[0]) from error
     measured = bool(sample.record if sample.measure_kl is None else sample.measure_kl)
-    plan = plan_rows(sample, basis, len(timesteps), measured=measured)
+    plan = plan_rows(sample, basis, len(course.timesteps), measured=measured)
     prompts = (sample.negative_prompt or None, sample.prompt)
     generator = torch.Generator().manual_seed(sample.seed)
     latents = torch.randn(shape, generator=generator).to(model.device)
@@ -141,8 +143,7 @@ def start(ticket: int, sample: Sample, model: DiffusionModel, basis: Sequence[st
         plan=plan,
         prompts=prompts,
         conditioning=model.encode_prompts(prompts, height, width),
-        timesteps=timesteps,
-        prev_timesteps=prev_timesteps,
+        course=course,
         generator=generator,
         latents=latents,
     )

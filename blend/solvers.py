@@ -10,13 +10,19 @@ x_0, and its last goes to sigma 0: both are plain DDIM, as diffusers' lower_orde
 
 eta means what it means for DDIM: the noise of a step has eta times the ancestral standard deviation. eta 0 is the ODE
 solver dpmsolver++, eta 1 exactly sde-dpmsolver++, and what lies between is the exponential integrator of the reverse
-SDE with that much noise (arXiv 2309.05019, data prediction). No eta is refused.
+SDE with that much noise (arXiv 2309.05019, data prediction). No eta is refused here; method "ls" needs eta > 0 with
+either solver, all other methods take any.
+
+Where the adapter alternates (method "ls"), the two x_0 are those of two adapters. Both have the weights as marginals,
+so the mean stays the blend's, and what one step adds for an adapter is mostly taken back by the next. Measured on the
+sprites, latent distance to mpa with the same solver at 10 / 20 steps, eta 1, weights .2 .3 .5: 0.74 / 0.39; with those
+steps held to first order 1.01 / 0.53; DDIM 0.53 / 0.39. So nothing is switched off. It is no law: two Gaussians with
+weights .3 .7 fare better in first order, and independent draws lose more, 0.95 against DDIM's 0.66 at 10 steps.
 """
 
 from __future__ import annotations
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from blend.ddim import DDIMStep, ddim_step, log_prob_of
@@ -26,11 +32,13 @@ _SMALLEST_ALPHA = 2.0**-24  # diffusers' stand-in for the 0 of a zero terminal S
 
 
 def dpmpp_timesteps(num_inference_steps: int, *, num_train_timesteps: int, spacing: str, offset: int) -> Tensor:
-    """Return [T] long, the timesteps that diffusers gives DPM-Solver++ under a model's own spacing and offset.
+    """Return [T] long, the timesteps that diffusers gives DPM-Solver++ under a spacing and offset.
 
-    They are not DDIM's: "leading" leaves the last timestep next to 0 out, since the last step ends at sigma 0 anyway.
+    They are not DDIM's: the timestep next to 0 is left out, since the last step ends at sigma 0 anyway.
     Raises ValueError where so many steps would visit a timestep twice or leave the schedule.
     """
+    from diffusers import DPMSolverMultistepScheduler
+
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=num_train_timesteps, timestep_spacing=spacing, steps_offset=offset
     )

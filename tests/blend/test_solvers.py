@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from blend.ddim import ddim_step, log_prob_of
+from blend.mixing import draw_ls_schedule
 from blend.solvers import dpmpp_timesteps, extrapolation, multistep
 
 SHAPE = (4, 8, 8)
@@ -152,9 +153,8 @@ def test_rows_at_different_steps_of_different_schedules_equal_each_alone():
 class Gaussian:
     """Data N(mean, std^2): its score is known at every t, and so is the end of the probability-flow ODE."""
 
-    mean, std = 0.7, 0.4
-
-    def __init__(self, scheduler: DDIMScheduler) -> None:
+    def __init__(self, scheduler: DDIMScheduler, mean: float = 0.7, std: float = 0.4) -> None:
+        self.mean, self.std = mean, std
         self.alphas = scheduler.alphas_cumprod
 
     def spread(self, alpha: Tensor) -> Tensor:
@@ -210,6 +210,29 @@ def test_on_a_gaussian_the_sde_keeps_the_distribution_better_than_ddim_at_any_et
     )
     assert abs(float(fast.std()) - spread) < 0.5 * abs(float(slow.std()) - spread)
     assert float(fast.std()) == pytest.approx(spread, rel=0.02 if steps == 20 else 0.06)
+
+
+@pytest.mark.parametrize("kind", ["systematic", "iid"])
+def test_adapter_sampling_in_second_order_keeps_the_blends_mean(kind):
+    """Where eps is linear in x: the x_0 of two steps come from two adapters, each with the weights as its marginals."""
+    scheduler, weights, steps, seeds = make_scheduler("linspace"), (0.3, 0.7), 12, 600
+    two = [Gaussian(scheduler, mean, std=1.0) for mean in (-2.0, 2.0)]
+    timesteps = timesteps_of(scheduler, steps)
+    latents = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0)).expand(seeds, -1, -1, -1)
+    schedules = torch.tensor([draw_ls_schedule(weights, steps, seed, kind) for seed in range(seeds)])
+    acting = dict(zip(timesteps.tolist(), schedules.T, strict=True))
+
+    def blended(sample: Tensor, rows: Tensor) -> Tensor:
+        return sum(weight * one.predict(sample, rows) for weight, one in zip(weights, two, strict=True))
+
+    def sampled(sample: Tensor, rows: Tensor) -> Tensor:
+        preds = torch.stack([one.predict(sample, rows) for one in two])
+        return preds[acting[int(rows[0])], torch.arange(seeds)]
+
+    exact, ends = (solve(model, latents, timesteps, scheduler, 0.0)[-2] for model in (blended, sampled))
+    error = float((ends - exact).mean())
+    assert abs(error) < 4 * float((ends - exact).mean((1, 2, 3)).std()) / math.sqrt(seeds)
+    assert float((ends - exact).std()) > 0.01
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
