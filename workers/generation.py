@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blend.engine import BlendEngine, Sample
+from blend.plans import plan_rows
 from blend.preference import Preference, PreferenceError
 from workers.api import MAX_SEED, GenerationRequest, Refusal, RequestError, bad_request, shorten
 from workers.images import ImageFacts, encode_png, to_uint8
@@ -102,12 +103,9 @@ def _size(size: str, card: ModelCard) -> tuple[int, int]:
 
 
 def forecast_rows(sample: Sample, basis: Sequence[str]) -> int:
-    """UNet rows that `sample` will need: every source with a coefficient, with and without prompt, each step."""
-    sources = sum(1 for coefficient in sample.preference.coefficients(basis) if coefficient != 0)
-    if sample.preference.method != "mpa":
-        sources = 1
-    sides = 1 if sample.guidance_scale in (0, 1) else 2
-    return sample.num_inference_steps * sources * sides
+    """UNet rows that `sample` will need over all its steps."""
+    steps = sample.num_inference_steps
+    return plan_rows(sample, basis, steps, measured=False).rows_until(steps)
 
 
 def facts_of(sample: Sample, card: ModelCard) -> ImageFacts:

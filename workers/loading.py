@@ -55,7 +55,7 @@ def open_engine(args: EngineArgs) -> "Opened":
         engine = load_engine(bundle, device=device, max_rows=args.max_rows, tile_rows=args.tile_rows)
         card = _card_of_bundle(args, bundle, engine.model)
     # A fast tokenizer cannot be used by two threads at once, and the engine's thread has the original.
-    return Opened(engine, card, copy.deepcopy(engine.model.tokenizer))
+    return Opened(engine, card, copy.deepcopy(engine.model.text.tokenizers[0]))
 
 
 def _open(args: EngineArgs) -> LoadedBundle:
@@ -152,6 +152,6 @@ def _card(model: "DiffusionModel", bundle: BundleName, basis: list[BasisCard], s
             size_multiple=multiple,
             min_size=multiple,
             max_size=LARGEST_SIDE * own,
-            max_prompt_tokens=model.tokenizer.model_max_length,
+            max_prompt_tokens=model.text.tokenizers[0].model_max_length,
         ),
     )

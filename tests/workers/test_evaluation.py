@@ -170,7 +170,7 @@ def test_the_image_grid_has_a_column_per_prompt_and_a_row_per_setting(result, di
     rows = pictured_cells(planned.job.cells)
     assert grid.height > len(rows) * (TILE + GAP)
     methods = [planned.job.cells[row].method for row in rows]
-    assert methods == ["base", "adapter", "mpa", "mpa", "adapter", "mpa", "ls", "soup"]
+    assert methods == ["base", "adapter", "mpa", "mpa", "adapter", "mpa", "staged", "ls", "soup"]
 
 
 class Page(HTMLParser):

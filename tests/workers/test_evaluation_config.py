@@ -113,7 +113,7 @@ def test_prompts_come_from_a_list_a_file_beside_the_run_or_the_sprites(tmp_path)
     ("text", "key", "words"),
     [
         ("sedes = 3", "sedes", "unknown key 'sedes'; known keys: bundle"),
-        ('methods = ["mpa", "best"]', "methods", "unknown method 'best'; choose from mpa, ls, soup"),
+        ('methods = ["mpa", "best"]', "methods", "unknown method 'best'; choose from mpa, ls, soup, cached, staged"),
         ('rewards = ["beauty"]', "rewards", "unknown reward 'beauty'; choose from colourfulness"),
         ("seeds = []", "seeds", "one or more different numbers"),
         ("seeds = 0", "seeds", "one or more different numbers"),

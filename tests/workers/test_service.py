@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blend.preference import METHODS
 from workers.api import MAX_BODY_BYTES, GenerationRequest
 from workers.engine_args import EngineArgs
 from workers.generation import forecast_rows, generate_png, plan, request_of
@@ -118,7 +119,7 @@ def test_weights_are_normalised_only_when_asked(client):
         ({"kl_lambda": 3.5}, "kl_lambda", ["3.5", "3"]),
         ({"kl_lambda": -0.1}, "kl_lambda", ["-0.1"]),
         ({"kl_lambda": 1.5, "method": "ls"}, "kl_lambda", ["1.5", "ls"]),
-        ({"method": "magic"}, "method", ["magic", "mpa", "ls", "soup"]),
+        ({"method": "magic"}, "method", ["magic", *METHODS]),
         ({"size": "1x1"}, "size", ["1x1", "multiple"]),
         ({"size": "0x0"}, "size", ["0x0", "multiple"]),
         ({"size": "99968x64"}, "size", ["multiple"]),
@@ -138,7 +139,7 @@ def test_what_this_bundle_cannot_serve_is_a_400_that_names_the_field(client, fie
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
-@pytest.mark.parametrize("method", ["mpa", "ls", "soup"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kl_lambda", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("weights", [{"warm": 1.0}, {"warm": 0.5, "small": 0.5}])
 def test_the_rows_of_a_request_are_foretold(client, opened, weights, kl_lambda, method, guidance_scale):
@@ -184,7 +185,7 @@ def test_a_body_without_a_length_is_cut_off_too(client):
 def test_the_models_route_lists_what_a_client_needs(client):
     [card] = client.get("/v1/models").json()["data"]
     assert [adapter["name"] for adapter in card["basis"]] == ["warm", "small"]
-    assert card["methods"] == ["mpa", "ls", "soup"]
+    assert card["methods"] == list(METHODS)
     assert card["kl_lambda_range"] == [0.0, 3.0]
     assert card["defaults"]["weights"] is None
     assert card["limits"]["max_images"] == 8

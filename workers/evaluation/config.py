@@ -48,7 +48,7 @@ class EvaluateConfig(BaseModel):
     # Rewards to score by; empty: those the bundle's adapters were tuned for.
     rewards: tuple[str, ...] = ()
     # Ways of blending to compare. Base and single adapters are always measured.
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("mpa", "staged", "ls", "soup")
     # Preferences to blend at, {adapter: weight} each, on top of pair_weights and simplex_steps.
     weights: tuple[dict[str, float], ...] = ()
     # For each pair of adapters: the weight of the first; the second takes the rest.

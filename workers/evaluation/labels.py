@@ -15,6 +15,8 @@ METHODS = {
     "mpa": "Blend (MPA)",
     "ls": "Sampled blend (LS)",
     "soup": "Weight average (soup)",
+    "staged": "Staged blend",
+    "cached": "Cached blend",
 }
 EXPLANATIONS = {
     BASE: "The model before any tuning.",
@@ -22,6 +24,8 @@ EXPLANATIONS = {
     "mpa": "Mixes the adapters' predictions at every step. Most faithful; cost grows with the adapters in use.",
     "ls": "Draws one adapter per step in proportion to the weights. The cost of a single model.",
     "soup": "Averages the adapters' weights once. The cost of a single model; the usual shortcut.",
+    "staged": "Blends predictions in the first steps, where it matters, and weights after. The cost of a single model.",
+    "cached": "Averages the adapters' weights and adds what that lacked of the blend a few steps ago.",
 }
 
 

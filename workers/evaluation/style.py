@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DPI = 200
-MARKERS = {"mpa": "o", "ls": "^", "soup": "s"}
-SPARE_MARKERS = ("D", "v", "P", "X", "p")
+MARKERS = {"mpa": "o", "ls": "^", "soup": "s", "staged": "D", "cached": "v"}
+SPARE_MARKERS = ("P", "X", "p")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ LIGHT = Theme(
     "#1c2128",
     "#626b76",
     "#e6e9ed",
-    {"mpa": "#0072b2", "ls": "#d98200", "soup": "#00805e"},
+    {"mpa": "#0072b2", "ls": "#d98200", "soup": "#00805e", "staged": "#b0578d", "cached": "#626b76"},
     ("#b3450a", "#8a4f9e", "#1f78a8", "#6b6b00", "#a8326b", "#44546a"),
 )
 DARK = Theme(
@@ -48,7 +48,7 @@ DARK = Theme(
     "#e8eaed",
     "#a0a8b3",
     "#2e343c",
-    {"mpa": "#5cb8f0", "ls": "#f2ae3d", "soup": "#3fcf9f"},
+    {"mpa": "#5cb8f0", "ls": "#f2ae3d", "soup": "#3fcf9f", "staged": "#e48fc3", "cached": "#a0a8b3"},
     ("#ff9a5c", "#d9a3ea", "#7cc8ef", "#d6d36a", "#f29ac0", "#b8c4d6"),
 )
 
