@@ -55,7 +55,9 @@ class AdapterBank:
         a convolution, or an adapter of another base.
         """
         self._check_new(name)
-        file = read_lora(path)
+        layers_per_block = self.unet.config.get("layers_per_block")
+        # a UNet whose blocks differ is no SDXL, whose names alone need the number
+        file = read_lora(path, layers_per_block=layers_per_block if isinstance(layers_per_block, int) else 2)
         stated = file.header.get(BASE_HASH_KEY)
         if self._base_hash and stated and stated != self._base_hash:
             raise AdapterError(

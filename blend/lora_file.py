@@ -9,9 +9,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ BASE_HASH_KEY = "base_model_hash"
 _FACTOR = re.compile(r"(?P<layer>.+?)\.lora(?:_|\.)(?P<side>A|B|down|up)\.weight$")
 # attention layers as attention processors once named them; diffusers' kohya converter still does
 _PROCESSOR_FACTOR = re.compile(r"(?P<layer>.+)\.processor\.(?P<to>to_\w+)_lora\.(?P<side>down|up)\.weight$")
+_KOHYA_UNET = "lora_unet_"
+_TEXT = ("text_encoder", "lora_te_", "lora_te1_", "lora_te2_")
 _UNSUPPORTED = {
     "lora_magnitude_vector": "a DoRA magnitude",
     "dora_scale": "a DoRA magnitude",
@@ -60,9 +63,10 @@ class LoraFile:
     header: dict[str, str]
 
 
-def read_lora(path: str | Path) -> LoraFile:
+def read_lora(path: str | Path, *, layers_per_block: int = 2) -> LoraFile:
     """Read an adapter file, or a directory that holds WEIGHT_NAME.
 
+    layers_per_block is the UNet's: kohya's names of SDXL layers count through its blocks.
     Raises AdapterError when the file is missing, is no safetensors file, is damaged, holds values that are not finite,
     or anything but LoRA factors of a UNet.
     """
@@ -79,7 +83,7 @@ def read_lora(path: str | Path) -> LoraFile:
         raise AdapterError(
             f"{file} is not a readable safetensors file ({error}): publish or download it again"
         ) from error
-    tensors, alphas = _split_alphas(_from_kohya(tensors))
+    tensors, alphas = _split_alphas(_from_kohya(tensors, layers_per_block, file))
     factors = _pair_factors(tensors, file)
     scales = _read_scales(header, alphas, file)
     layers = {}
@@ -123,15 +127,30 @@ def write_lora(directory: str | Path, layers: Mapping[str, LoraLayer], metadata:
     return file
 
 
-def _from_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefixes = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-    if not tensors or not all(key.startswith(prefixes) for key in tensors):
+def _from_kohya(tensors: dict[str, Tensor], layers_per_block: int, file: Path) -> dict[str, Tensor]:
+    if not tensors or not all(key.startswith((_KOHYA_UNET, *_TEXT)) for key in tensors):
         return tensors
+    _refuse_text(tensors, file)
     # diffusers owns the mapping from kohya's flattened names; its import is heavy and rarely needed
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
-    converted, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors))
+    config = SimpleNamespace(layers_per_block=layers_per_block)
+    try:
+        converted, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=config)
+    except (ValueError, LookupError) as error:
+        raise AdapterError(
+            f"{file} has kohya's names but not its layers ({error}): convert it to diffusers' layout"
+        ) from error
     return {**converted, **{key: torch.tensor(float(value)) for key, value in (alphas or {}).items()}}
+
+
+def _refuse_text(keys: Iterable[str], file: Path) -> None:
+    for key in keys:
+        if key.startswith(_TEXT):
+            raise AdapterError(
+                f"{file}: {key} adapts a text encoder, which all adapters of a blend share: use an adapter trained on"
+                " the UNet alone, with keys such as unet.<layer>.lora_A.weight"
+            )
 
 
 def _split_alphas(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -156,13 +175,14 @@ def _parse(key: str) -> tuple[str, str] | None:
 
 
 def _pair_factors(tensors: dict[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    _refuse_text(tensors, file)
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         for part, meaning in _UNSUPPORTED.items():
             if part in key:
                 raise AdapterError(f"{file}: {key} is {meaning}, which is not supported: use a plain LoRA adapter")
         parsed = _parse(key)
-        if parsed is None or key.startswith("text_encoder"):
+        if parsed is None:
             raise AdapterError(
                 f"{file}: {key} is no LoRA factor of a UNet layer: use an adapter trained on the UNet alone, with keys"
                 " such as unet.<layer>.lora_A.weight"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blend.adapters import AdapterBank
+from blend.adapters import AdapterBank, AdapterError
 from blend.engine import BlendEngine, Output, Sample
 from blend.lora_file import WEIGHT_NAME
 from blend.model import DiffusionModel, load_model
@@ -166,3 +167,61 @@ def test_an_adapter_equals_diffusers_own(tiny_sdxl_model, tiny_sdxl_bank, tiny_s
         for kept in ((), (text, torch.arange(3))):
             got = tiny_sdxl_bank.forward(latents, timesteps, rows.embeds, mix, *kept, added_cond_kwargs=rows.added)
             assert_near(got, expected)
+
+
+# kohya keeps the layer names of the original SDXL code, whose blocks count through (the tiny UNet has one layer each)
+_ORIGINAL = {
+    "down_blocks_1_attentions_0": "input_blocks_3_1",
+    "mid_block_attentions_0": "middle_block_1",
+    "up_blocks_0_attentions_0": "output_blocks_0_1",
+    "up_blocks_0_attentions_1": "output_blocks_1_1",
+}
+
+
+def to_kohya(path: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for key, tensor in load_file(path / WEIGHT_NAME).items():
+        layer, factor = key.removeprefix("unet.").split(".lora_")
+        flat = layer.replace(".", "_")
+        for ours, original in _ORIGINAL.items():
+            flat = flat.replace(ours, original)
+        tensors[f"lora_unet_{flat}.lora_{'down' if factor == 'A.weight' else 'up'}.weight"] = tensor
+        tensors[f"lora_unet_{flat}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+def test_a_kohya_file_of_sdxl_is_read_as_diffusers_reads_it(
+    tiny_sdxl_dir, tiny_sdxl_model, sdxl_adapter_dirs, tmp_path
+):
+    save_file(to_kohya(sdxl_adapter_dirs["a"]), tmp_path / WEIGHT_NAME)
+    bank = AdapterBank(load_model(tiny_sdxl_dir).unet)
+    bank.load("a", tmp_path)
+    rows = tiny_sdxl_model.encode_prompts(["a cat"])
+    inputs = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500]), rows.embeds
+    with torch.no_grad():
+        got = bank.forward(*inputs, torch.ones(1, 1), added_cond_kwargs=rows.added)
+        pipeline = pipeline_of(tiny_sdxl_dir, tmp_path)
+        assert_near(got, pipeline.unet(*inputs, added_cond_kwargs=dict(rows.added)).sample)
+
+
+@pytest.mark.parametrize("prefix", ["lora_te1_", "lora_te2_"])
+def test_a_kohya_file_that_adapts_text_encoders_is_refused_by_its_own_key(
+    tiny_sdxl_bank, sdxl_adapter_dirs, tmp_path, prefix
+):
+    layer = f"{prefix}text_model_encoder_layers_0_self_attn_q_proj"
+    text = {f"{layer}.lora_down.weight": torch.ones(2, 32), f"{layer}.lora_up.weight": torch.ones(32, 2)}
+    save_file(to_kohya(sdxl_adapter_dirs["a"]) | text, tmp_path / WEIGHT_NAME)
+    with pytest.raises(AdapterError, match=f"{layer}.* adapts a text encoder.*UNet alone"):
+        tiny_sdxl_bank.load("text", tmp_path)
+
+
+def test_a_diffusers_file_that_adapts_text_encoders_is_refused(tiny_sdxl_bank, sdxl_adapter_dirs, tmp_path):
+    key = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file(load_file(sdxl_adapter_dirs["a"] / WEIGHT_NAME) | {key: torch.ones(2, 24)}, tmp_path / WEIGHT_NAME)
+    with pytest.raises(AdapterError, match=r"text_encoder_2.* adapts a text encoder.*UNet alone"):
+        tiny_sdxl_bank.load("text", tmp_path)
+
+
+def test_an_adapter_of_another_architecture_is_refused(tiny_sdxl_bank, adapter_dirs):
+    with pytest.raises(AdapterError, match="tuned from another base model"):
+        tiny_sdxl_bank.load("sd", adapter_dirs["a"])
