@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -16,7 +17,9 @@ from blend.adapters import AdapterBank, AdapterError
 from blend.engine import BlendEngine, Output, Sample
 from blend.lora_file import WEIGHT_NAME
 from blend.model import DiffusionModel, load_model
+from blend.pipeline import DiffusionBlendPipeline
 from blend.preference import Preference
+from blend.tiles import TileOptions
 
 STEPS = 4
 
@@ -136,6 +139,25 @@ def test_deterministic_tiles_give_the_same_bits_in_any_company(tiny_sdxl_model, 
     samples = mixed_samples()
     for sample, output in zip(samples, engine.run(samples), strict=True):
         assert torch.equal(latents_of(output), latents_of(engine.run([sample])[0]))
+
+
+def test_tiles_of_a_fixed_size_give_what_eager_ones_give(tiny_sdxl_dir, sdxl_adapter_dirs, engine):
+    model = load_model(tiny_sdxl_dir)
+    bank = AdapterBank(model.unet)
+    for name, path in sdxl_adapter_dirs.items():
+        bank.load(name, path)
+    samples = mixed_samples()[:2]
+    fixed = BlendEngine(model, bank, tiles=TileOptions(compile=True, backend="eager", sizes=(16,)))
+    for output, expected in zip(fixed.run(samples), engine.run(samples), strict=True):
+        assert_near(latents_of(output), latents_of(expected))
+
+
+def test_the_notebook_face_takes_sdxl(tiny_sdxl_dir, sdxl_adapter_dirs, engine):
+    pipeline = DiffusionBlendPipeline.from_pretrained(tiny_sdxl_dir, adapters=sdxl_adapter_dirs)
+    image = pipeline("a cat", {"a": 1.0}, seed=3, num_inference_steps=STEPS, guidance_scale=3.0).images[0]
+    expected = engine.decode([latents_of(engine.run([Sample("a cat", one_hot("a"), 3, num_inference_steps=STEPS)])[0])])
+    assert image.size == (32, 32)
+    assert np.abs(np.asarray(image) / 255 - expected[0].permute(1, 2, 0).numpy()).max() < 1 / 255
 
 
 def test_the_size_asked_for_reaches_the_unet(engine):

@@ -57,10 +57,10 @@ class Broken(Redness):
 
 @pytest.fixture
 def make_trainer(tiny_sd_dir: Path):
-    def make(reward=None, workgroup=None, **changes):
-        config = TrainConfig.parse({**SETTINGS, "base_model": str(tiny_sd_dir), **changes})
+    def make(reward=None, workgroup=None, base_model=tiny_sd_dir, **changes):
+        config = TrainConfig.parse({**SETTINGS, "base_model": str(base_model), **changes})
         reward = reward or load_reward(config.reward)
-        return Trainer(config, load_model(tiny_sd_dir), reward, TRAIN, HELD_OUT, workgroup)
+        return Trainer(config, load_model(base_model), reward, TRAIN, HELD_OUT, workgroup)
 
     return make
 
@@ -79,6 +79,15 @@ def test_replay_gives_ratio_one_before_the_first_update(make_trainer, guidance_s
     trainer = nonzero(make_trainer(guidance_scale=guidance_scale, micro_batch_rows=5))
     trainer.evaluate()
     assert trainer.iterate()["ratio_deviation"] < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["dpok", "grpo"])
+def test_sdxl_is_trained_and_replayed_with_its_sizes_and_pooled_text(make_trainer, tiny_sdxl_dir, objective):
+    trainer = nonzero(make_trainer(base_model=tiny_sdxl_dir, guidance_scale=3.0, objective=objective))
+    trainer.evaluate()
+    before = parameters_of(trainer)
+    assert trainer.iterate()["ratio_deviation"] < 1e-5
+    assert not any(torch.equal(old, new) for old, new in zip(before, trainer.parameters, strict=True))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
