@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,10 @@ class AdapterBank:
         a convolution, or an adapter of another base.
         """
         self._check_new(name)
-        layers_per_block = self.unet.config.get("layers_per_block")
-        # a UNet whose blocks differ is no SDXL, whose names alone need the number
-        file = read_lora(path, layers_per_block=layers_per_block if isinstance(layers_per_block, int) else 2)
+        config: Any = self.unet.config
+        # a UNet whose blocks differ in it is no SDXL, whose names alone need the number
+        layers_per_block = config.layers_per_block if isinstance(config.layers_per_block, int) else 2
+        file = read_lora(path, layers_per_block=layers_per_block)
         stated = file.header.get(BASE_HASH_KEY)
         if self._base_hash and stated and stated != self._base_hash:
             raise AdapterError(
