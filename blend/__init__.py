@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blend.adapters import AdapterBank as AdapterBank
     from blend.adapters import AdapterError as AdapterError
+    from blend.bundle import ManifestError as ManifestError
     from blend.engine import BlendEngine as BlendEngine
     from blend.engine import Output as Output
     from blend.engine import Sample as Sample
@@ -27,6 +28,7 @@ _HOMES = {
     "BlendEngine": "engine",
     "DiffusionBlendPipeline": "pipeline",
     "DiffusionModel": "model",
+    "ManifestError": "bundle",
     "ModelError": "model",
     "Output": "engine",
     "Preference": "preference",

@@ -1,13 +1,12 @@
 """From a reference such as `sprites@champion` to files on this machine, and from those to a blend engine."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from infra.errors import InfraError, UnknownRecordError
-from infra.manifests import BundleRecord, Kind, Record
+from infra.manifests import BundleDefaults, BundleRecord, Kind, Record
 from infra.registry import Registry
 from infra.settings import Settings, read_settings
 from infra.storage import open_store
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from blend.engine import BlendEngine
 
 DEFAULT_BUNDLE = "sprites@champion"
-SPRITES = "sprites"
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 
 class BundleError(InfraError, ValueError):
@@ -35,6 +32,10 @@ class LoadedBundle:
     @property
     def ref(self) -> str:
         return self.record.ref
+
+    @property
+    def defaults(self) -> BundleDefaults:
+        return self.record.defaults
 
 
 def open_bundle(
@@ -89,51 +90,26 @@ def shipped_registry() -> Registry | None:
 def resolve_base(source: str | os.PathLike[str]) -> str:
     """Local directory of a base model: "sprites", a diffusers directory, or a Hub id, which is downloaded.
 
-    The one place that knows the name "sprites". Raises BundleError.
+    Raises BundleError.
     """
-    name = os.fspath(source)
-    if name == SPRITES:
-        from blend.sprites import base_model_path
-
-        return str(base_model_path())
-    directory = Path(name).expanduser()
-    if name and directory.is_dir():
-        if not (directory / "model_index.json").is_file():
-            raise BundleError(f"base model {name!r} has no model_index.json: name a diffusers pipeline directory")
-        return str(directory.absolute())
-    if directory.is_absolute() or not re.fullmatch(_HUB_ID, name):
-        raise BundleError(
-            f"base model {name!r} does not exist: name a diffusers directory, a Hub id (owner/name), or {SPRITES!r}"
-        )
-    return _download(name)
-
-
-def _download(hub_id: str) -> str:
-    from diffusers import DiffusionPipeline
+    from blend.bundle import find_base
+    from blend.model import ModelError
 
     try:
-        return str(DiffusionPipeline.download(hub_id, use_safetensors=True))
-    except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BundleError(
-            f"base model {hub_id!r} cannot be downloaded: {first_line}. Check the id and the network, or name a "
-            "local diffusers directory"
-        ) from error
+        return str(find_base(source))
+    except ModelError as error:
+        raise BundleError(str(error)) from error
 
 
 def verify_base(record: BundleRecord, base: str | None = None) -> Path:
     """The base model's directory, after its hash was compared with the bundle's. Raises BundleError."""
-    from blend.model import model_hash
+    from blend.bundle import check_base
+    from blend.model import ModelError
 
-    source = base or record.base.source
-    path = resolve_base(source)
-    found = model_hash(path)
-    if found != record.base.sha256:
-        raise BundleError(
-            f"base model {source!r} at {path} has hash {found[:12]}, bundle {record.ref} was made with "
-            f"{record.base.sha256[:12]}: name the base that its adapters were trained on"
-        )
-    return Path(path)
+    try:
+        return check_base(base or record.base.source, record.base.sha256, f"bundle {record.ref}")
+    except ModelError as error:
+        raise BundleError(str(error)) from error
 
 
 def load_engine(bundle: LoadedBundle, device: str = "cpu", **engine_options: Any) -> "BlendEngine":
