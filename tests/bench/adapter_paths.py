@@ -1,4 +1,4 @@
-"""Low-rank rows beside merged weights and PEFT's mixed batch, and the memory of K adapters on SD 1.5.
+"""Low-rank rows beside merged weights and PEFT's mixed batch.
 
 The paths themselves are measured by tests/gpu/adapter_paths.py, on the GPU where there is one (ten minutes on a CPU).
 """
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine_parts.memory import memory_figures
 from figures import write_figures
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +58,7 @@ def main() -> None:
                 if isinstance(ratio, float):
                     table.add_row(net, kind, path, f"{ratio:.3f}")
     Console().print(table)
-    write_figures("adapter_paths", {**memory_figures(), "time_over_base": figures})
+    write_figures("adapter_paths", {"time_over_base": figures})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engine's speed beside the ways it replaces, in one run on the shipped sprites bundle.
+"""The engine's speed beside the ways it replaces, on the shipped sprites bundle; and memory on the SD 1.5 architecture.
 
 --quick is for trying the script out: its figures mean nothing and are not written.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from engine_parts.machine import flops_per_row, loop_overhead, matmul_gflops
+from engine_parts.memory import memory_figures
 from engine_parts.policies import STEPS, InFlight, Server, Session, WholeRequests, take_turns
 from engine_parts.rivals import Sequential, merged_unets, peft_loop
 from engine_parts.workload import Workload, open_workload, spread
@@ -211,7 +212,7 @@ def main() -> None:
     if quick:
         print({name: figure for name, figure in figures.items() if not isinstance(figure, dict)})
     else:
-        write_figures("engine", figures, update=True)
+        write_figures("engine", {**figures, **memory_figures()}, update=True)
 
 
 if __name__ == "__main__":
