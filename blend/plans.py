@@ -41,7 +41,6 @@ class Plan:
 
     steps: tuple[StepRows, ...]  # steps with the same rows share one object
     measured: bool  # base_coefficients give the base's prediction at every step
-    alternates: bool  # consecutive predictions come from different adapters, not from one blend
 
     @property
     def peak_rows(self) -> int:
@@ -84,8 +83,7 @@ def plan_rows(sample: Sample, basis: Sequence[str], steps: int, *, measured: boo
         if step not in laid_out:
             laid_out[step] = _lay_out(step, sample, merged, measured)
         planned.append(laid_out[step])
-    alternates = sample.preference.method == "ls" and len(laid_out) > 1
-    return Plan(tuple(planned), measured, alternates)
+    return Plan(tuple(planned), measured)
 
 
 def _guided_at(sample: Sample, index: int, steps: int) -> bool:
