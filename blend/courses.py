@@ -2,8 +2,9 @@
 
 DDIM takes the timesteps of the model's own spacing. DPM-Solver++ does too, except that "leading" becomes "linspace",
 the default of diffusers' scheduler for it: "leading" starts below the top of the schedule (at 801 of 999 with 5 steps),
-and taking pure noise for x_801 errs by more than a faster solver can win back. On the sprites at 10 steps, distance to
-the converged ODE: DDIM 0.375, DPM-Solver++ 0.417 with leading and 0.100 with linspace.
+and taking pure noise for x_801 errs by more than a faster solver can win back. On 16 sprites at 10 steps, median
+distance to the converged ODE (tests/bench/solvers.py): DDIM 0.33, DDIM at the timesteps of linspace 0.23, DPM-Solver++
+0.40 with leading and 0.08 with linspace.
 
 Samples on different solvers share every forward of the UNet; here their steps share one call too.
 """
