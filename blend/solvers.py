@@ -14,11 +14,11 @@ SDE with that much noise (arXiv 2309.05019, data prediction). No eta is refused 
 either solver, all other methods take any.
 
 Where the adapter alternates (method "ls"), the two x_0 are those of two adapters. Both have the weights as marginals,
-so the mean stays the blend's where eps is linear in x, and what one step adds for an adapter is mostly taken back by the
-next. Measured on 16 sprites (tests/bench/solvers.py), median latent distance to mpa with the same solver at 10 / 20
-steps: 0.58 / 0.19; with alternating steps held to first order 0.82 / 0.44; DDIM 0.57 / 0.35. So nothing is switched
-off. It is no law: two Gaussians with weights .3 .7 fare better in first order, and with independent draws at 10 steps
-ls is farther from mpa than DDIM's is, 0.90 against 0.67.
+so the mean stays the blend's where eps is linear in x, and what one step adds for an adapter is mostly taken back by
+the next. Measured on 16 sprites (tests/bench/solvers.py), median latent distance to mpa with the same solver at 10 / 20
+steps: 0.58 / 0.19; with all steps held to first order 0.82 / 0.44; DDIM 0.57 / 0.35. So nothing is switched off. It is
+no law: two Gaussians with weights .3 .7 fare better in first order, and with independent draws at 10 steps ls is
+farther from mpa than DDIM's is, 0.90 against 0.67.
 """
 
 from __future__ import annotations

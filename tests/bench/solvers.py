@@ -5,7 +5,7 @@
 ODE: two adapters blended, guidance 3, eta 0; the reference is DPM-Solver++ at REFERENCE steps. `ddim` takes the model's
 own timesteps, `ddim_same_timesteps` those of DPM-Solver++, so that the gain of the second order stands apart from that
 of the timesteps; `dpmpp_own_spacing` is DPM-Solver++ under the model's own "leading" spacing.
-`ls`: three adapters, eta 1, distance to mpa with the same solver; `dpmpp_first_order` holds alternating steps to first
+`ls`: three adapters, eta 1, distance to mpa with the same solver; `dpmpp_first_order` holds all steps to first
 order, and is still measured against mpa in second order.
 
 Distances are root mean squares over a sample's latents: the median over the samples, and pooled over all of them. The
