@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LS_KINDS = ("systematic", "iid")
+LS_KINDS = ("mirrored", "systematic", "iid")
+_LONGEST_PERIOD = 8
 
 
 def blend_predictions(preds: Tensor, coefficients: Tensor, owner: Tensor, n: int) -> Tensor:
@@ -59,14 +60,15 @@ def guidance_coefficients(guidance_scale: float) -> tuple[float, float]:
     return 1.0 - guidance_scale, guidance_scale
 
 
-def draw_ls_schedule(weights: Sequence[float], steps: int, seed: int, kind: str = "systematic") -> list[int]:
+def draw_ls_schedule(weights: Sequence[float], steps: int, seed: int, kind: str = "mirrored") -> list[int]:
     """Return, for each step, the index of the one source that acts there (DB-MPA-LS); P(source i) = weights[i].
 
     weights: non-negative, summing to 1, over any sources (the engine passes base and adapters).
     kind "iid" draws each step anew, as the paper does. "systematic" is our departure: the same marginals with far
     less variance. For two sources source i acts where floor(u + w(j+1)) - floor(u + w j) = 1 with one u ~ U(0, 1), so
     its count never strays by 1 or more from j w. More sources are split in two again and again, each split counting
-    only the steps handed to it and with a phase of its own, which keeps every step's marginal exactly w.
+    only the steps handed to it and with a phase of its own, which keeps every step's marginal exactly w. "mirrored"
+    walks every second period of that backwards (A B C C B A ..): what one period leaves over, the next takes away.
     Raises ValueError for an unknown kind or weights that are no distribution.
     """
     if kind not in LS_KINDS:
@@ -81,7 +83,22 @@ def draw_ls_schedule(weights: Sequence[float], steps: int, seed: int, kind: str 
     phases = [rng.random() for _ in sources]
     schedule = [sources[0]] * steps
     _split(_huffman({index: weights[index] for index in sources}), list(range(steps)), phases, schedule)
-    return schedule
+    return _mirror(schedule, _period(weights)) if kind == "mirrored" else schedule
+
+
+def _period(weights: Sequence[float]) -> int:
+    """Return the number of steps, 2 to 8, after which counts come nearest to whole numbers."""
+
+    def off(steps: int) -> float:
+        return max(abs(steps * weight - round(steps * weight)) for weight in weights)
+
+    return min(range(2, _LONGEST_PERIOD + 1), key=lambda steps: (round(off(steps), 6), steps))
+
+
+def _mirror(schedule: list[int], period: int) -> list[int]:
+    # the same places for every phase: each step's marginal stays what it is
+    blocks = [schedule[start : start + period] for start in range(0, len(schedule), period)]
+    return [index for place, block in enumerate(blocks) for index in (block[::-1] if place % 2 else block)]
 
 
 class _Split:

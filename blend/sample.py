@@ -40,7 +40,7 @@ class Sample:
     measure_kl: bool | None = None  # fill Output.path_kl, at the price of base rows; None: as record
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which guidance acts
     shared_unconditional: bool = False  # one unconditional row, of the merged adapters, in place of one per source
-    ls_schedule: str = "systematic"  # method "ls": or "iid", the paper's independent draws
+    ls_schedule: str = "mirrored"  # method "ls": or "systematic", or "iid", the paper's independent draws
     refresh_every: int = 5  # method "cached": steps between evaluations of the whole blend
     row_budget: float = 1.0  # method "staged": UNet rows as a multiple of one model's
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blend.mixing import blend_predictions, draw_ls_schedule, guidance_coefficients, guide
+from blend.mixing import LS_KINDS, blend_predictions, draw_ls_schedule, guidance_coefficients, guide
 
 weights_of = (
     st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any).map(lambda raw: [r / sum(raw) for r in raw])
@@ -62,7 +62,7 @@ def test_guidance_takes_a_scale_per_row():
     torch.testing.assert_close(guided[1], uncond[1] + 4 * (text[1] - uncond[1]))
 
 
-@given(weights_of, st.integers(0, 2**31), st.sampled_from(("systematic", "iid")))
+@given(weights_of, st.integers(0, 2**31), st.sampled_from(LS_KINDS))
 def test_a_schedule_uses_only_sources_with_weight_and_is_reproducible(weights, seed, kind):
     schedule = draw_ls_schedule(weights, 17, seed, kind)
     assert len(schedule) == 17
@@ -72,21 +72,32 @@ def test_a_schedule_uses_only_sources_with_weight_and_is_reproducible(weights, s
 
 @given(st.floats(0.01, 0.99), st.integers(0, 2**31))
 def test_two_sources_never_stray_by_a_whole_step(w, seed):
-    schedule = draw_ls_schedule([w, 1 - w], 60, seed)
+    schedule = draw_ls_schedule([w, 1 - w], 60, seed, "systematic")
     for i in range(61):
         assert abs(schedule[:i].count(0) - i * w) < 1 + 1e-9
 
 
 @given(weights_of, st.integers(0, 2**31))
 def test_many_sources_stay_close_to_their_share(weights, seed):
-    schedule = draw_ls_schedule(weights, 60, seed)
+    schedule = draw_ls_schedule(weights, 60, seed, "systematic")
     for source, weight in enumerate(weights):
         for i in range(61):
             assert abs(schedule[:i].count(source) - i * weight) < 3
 
 
+@pytest.mark.parametrize(("weights", "period"), [([0.5, 0.5], 2), ([1 / 3] * 3, 3), ([0.5, 0.25, 0.25], 4)])
+def test_a_mirrored_schedule_walks_every_second_period_backwards(weights, period):
+    for seed in range(20):
+        forth = draw_ls_schedule(weights, 18, seed, "systematic")
+        mirrored = draw_ls_schedule(weights, 18, seed, "mirrored")
+        for start in range(0, 18, period):
+            block = forth[start : start + period]
+            expected = block[::-1] if start // period % 2 else block
+            assert mirrored[start : start + period] == expected
+
+
 @settings(max_examples=5)
-@given(weights_of, st.sampled_from(("systematic", "iid")))
+@given(weights_of, st.sampled_from(LS_KINDS))
 def test_the_marginals_at_every_step_are_the_weights(weights, kind):
     draws, steps = 2000, 6
     schedules = torch.tensor([draw_ls_schedule(weights, steps, seed, kind) for seed in range(draws)])
@@ -107,5 +118,5 @@ def test_weights_that_are_no_distribution_are_refused(weights):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"'sobol'.*systematic, iid"):
+    with pytest.raises(ValueError, match=r"'sobol'.*mirrored, systematic, iid"):
         draw_ls_schedule([1.0], 4, 0, "sobol")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from workers.evaluation.style import LIGHT, new_figure, png, quiet
 
-_LABELS = {"mpa": "exact", "ls": "ls, systematic"}
+_LABELS = {"mpa": "exact", "ls": "ls, mirrored"}
 _COLOURS = {"staged": "#0072b2", "cached": "#00805e", "ls": "#d98200", "soup": "#8a4f9e"}
 
 

@@ -81,7 +81,7 @@ def ls_variance(runs: Mapping[str, ModeRun], steps: int) -> dict[str, float]:
     """
     exact = runs[EXACT].latents
     found = {}
-    for kind, name in (("iid", INDEPENDENT), ("systematic", "ls")):
+    for kind, name in (("iid", INDEPENDENT), ("systematic", "ls, systematic"), ("mirrored", "ls")):
         schedules = np.array([draw_ls_schedule([1 / 3] * 3, steps, seed, kind) for seed in range(2000)])
         found[kind] = float(((runs[name].latents - exact) ** 2).mean())
         found[f"{kind}_share"] = float((schedules == 0).mean(1).var())

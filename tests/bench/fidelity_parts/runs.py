@@ -37,6 +37,7 @@ MODES = (
     Mode(BASE, "mpa", kl_lambda=0.0),
     Mode(EXACT, "mpa"),
     Mode(INDEPENDENT, "ls", {"ls_schedule": "iid"}),
+    Mode("ls, systematic", "ls", {"ls_schedule": "systematic"}),
     Mode("ls", "ls"),
     Mode("soup", "soup"),
     Mode("staged 1.0", "staged"),
