@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from blend.finetune.config import TrainConfig
 from flows import cli
@@ -113,6 +113,22 @@ def test_generate_makes_the_image(command, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / words[words.index("-o") + 1]).size == (64, 64)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_draws_the_picture_that_is_shown(block, tmp_path, monkeypatch):
+    assert len(block.splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    for name, value in own_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    exec(compile(block, "README.md", "exec"), {})
+    [drawn] = tmp_path.glob("*.png")
+    [shown] = [ROOT / path for path in re.findall(r"!\[.*\]\((.*)\)", README) if Path(path).name == drawn.name]
+    assert shown.stat().st_size < 200_000
+    with Image.open(drawn) as mine, Image.open(shown) as theirs:
+        assert mine.size == theirs.size
+        # of 255; other machines round otherwise
+        assert max(ImageStat.Stat(ImageChops.difference(mine, theirs)).mean) < 2
 
 
 @pytest.mark.slow

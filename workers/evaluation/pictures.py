@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from workers.evaluation.grid import ADAPTER, BASE, Cell, equal_weights
 
 TILE, GAP, MARGIN, LABEL_WIDTH = 128, 6, 16, 236
-INK, PAPER, MUTED = "#1c2128", "#ffffff", "#626b76"
+INK, PAPER, MUTED, LINE = "#1c2128", "#ffffff", "#626b76", "#d3d8de"
 LARGEST_THUMBNAIL = 256
 Pixels = NDArray[np.uint8]
 
@@ -74,7 +74,10 @@ def grid_png(
             draw.text((left + 2, top - GAP - 19 * (len(lines) - line)), text, font=font, fill=INK)
         for row, cell in enumerate(labels):
             tile = Image.fromarray(pictures[cell, prompt]).resize((TILE, height), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (left, top + row * (height + GAP)))
+            upper = top + row * (height + GAP)
+            # a white picture on white paper needs an edge
+            draw.rectangle((left - 1, upper - 1, left + TILE, upper + height), outline=LINE)
+            sheet.paste(tile, (left, upper))
     for row, label in enumerate(labels.values()):
         lines = [part for piece in label.split(" · ") for part in _wrap(piece, bold, LABEL_WIDTH - 14)]
         start = top + row * (height + GAP) + (height - 19 * len(lines)) // 2
