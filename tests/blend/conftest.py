@@ -31,6 +31,12 @@ def tiny_bank(tiny_model: DiffusionModel, adapter_dirs: dict[str, Path]) -> Adap
     return bank
 
 
+@pytest.fixture
+def fresh_bank(tiny_sd_dir: Path) -> AdapterBank:
+    """A bank without adapters, the test's own."""
+    return AdapterBank(load_model(tiny_sd_dir).unet)
+
+
 @pytest.fixture(scope="session")
 def tiny_sdxl_dir(tiny_sd_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved StableDiffusionXLPipeline with random weights under a seed: 8 x 8 latents, 32 x 32 pixels."""
