@@ -4,8 +4,9 @@ Samples join and leave between any two steps. A step collects the rows that each
 of them in a few tiles, sums them per sample and steps every sample at once.
 
 What is guaranteed: a sample's noise depends on (seed, step) alone, and its result on its neighbours by rounding only
-(in float32 within 1e-5 of its largest latent). With deterministic=True every forward has exactly tile_rows rows, and on
-a CPU with one torch thread a sample's latents are bit-identical alone and in any company.
+(in float32 within 1e-5 of its largest latent). With deterministic=True every forward has exactly tile_rows rows (fewer
+for sizes whose tiles memory cuts), and on a CPU with one torch thread a sample's latents are bit-identical alone and in
+any company.
 
 Not thread-safe: one thread submits, steps and aborts.
 """
@@ -23,6 +24,7 @@ from blend.adapters import AdapterBank
 from blend.conditioning import Conditioning
 from blend.courses import stand, take_step
 from blend.ddim import DDIMStep, kl_of
+from blend.footprint import Room
 from blend.mixing import blend_predictions
 from blend.model import DiffusionModel
 from blend.plans import StepRows
@@ -47,10 +49,14 @@ class BlendEngine:
         tile_rows: int = 24,
         deterministic: bool = False,
         tiles: TileOptions | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
-        """max_rows bounds the rows in flight (one sample is always let in); tile_rows the rows of one forward.
+        """max_rows bounds the rows in flight, tile_rows those of one forward, memory_bytes what these may take.
 
-        deterministic=True pads every forward to tile_rows: choose them small (4 to 8), a lone sample pays for all.
+        One sample is always let in, whatever its rows: they run in tiles. Sizes of which tile_rows rows do not fit the
+        memory run in smaller tiles. memory_bytes defaults to 90 % of a GPU's free memory, or half of the machine's.
+        deterministic=True pads every forward to the tile's rows: choose tile_rows small (4 to 8), a lone sample pays
+        for all.
         """
         if max_rows < 1 or tile_rows < 1:
             raise ValueError(f"max_rows is {max_rows} and tile_rows {tile_rows}: use integers >= 1")
@@ -60,6 +66,7 @@ class BlendEngine:
         self._tile_rows = tile_rows
         self._deterministic = deterministic
         self._runner = Tiles(bank, tiles)
+        self._room = Room(model, bank, wanted=self._runner.padded(tile_rows), memory_bytes=memory_bytes)
         self._text = TextCache(bank)
         self._tickets = itertools.count()
         self._previewer = Previewer(model)
@@ -75,9 +82,10 @@ class BlendEngine:
     def submit(self, sample: Sample) -> int:
         """Check the sample, queue it and return its ticket.
 
-        Raises SampleError or PreferenceError (both ValueErrors), whose `param` names the field.
+        Raises SampleError or PreferenceError (both ValueErrors), whose `param` names the field; also when not even one
+        of its rows fits the memory.
         """
-        running = start(next(self._tickets), sample, self.model, self.bank.names)
+        running = self._start(sample)
         self._waiting.append(running)
         return running.ticket
 
@@ -107,6 +115,11 @@ class BlendEngine:
         origin = self._find(ticket).origin
         return None if origin is None else self._previewer.show(origin)
 
+    def _start(self, sample: Sample) -> Running:
+        running = start(next(self._tickets), sample, self.model, self.bank.names)
+        self._room.check(running.latents.shape, running.conditioning)
+        return running
+
     def _find(self, ticket: int) -> Running:
         for running in itertools.chain(self._active.values(), self._waiting):
             if running.ticket == ticket:
@@ -133,7 +146,7 @@ class BlendEngine:
         """
         if not self.idle:
             raise RuntimeError("run() needs an idle engine: step() the samples in flight to their end first")
-        runs = [start(next(self._tickets), sample, self.model, self.bank.names) for sample in samples]
+        runs = [self._start(sample) for sample in samples]
         self._waiting.extend(runs)
         total = sum(r.total for r in runs)
         outputs: dict[int, Output] = {}
@@ -168,7 +181,10 @@ class BlendEngine:
             shapes: dict[torch.Size, list[Running]] = {}
             for running in self._active.values():
                 shapes.setdefault(running.latents.shape, []).append(running)
-            self._batches = [_Batch(members, self._text) for members in shapes.values()]
+            self._batches = [
+                _Batch(members, self._text, self._room.rows(shape, members[0].conditioning))
+                for shape, members in shapes.items()
+            ]
         return self._batches
 
     def _advance(self, batch: _Batch) -> None:
@@ -192,7 +208,7 @@ class BlendEngine:
 
     def _predict(self, batch: _Batch, rows: _BatchRows, latents: Tensor, timesteps: Tensor) -> Tensor:
         preds = []
-        for tile in self._tiles(len(rows.owner)):
+        for tile in self._tiles(len(rows.owner), batch.room):
             owner, text = rows.owner[tile], rows.text[tile]
             conditioning = batch.conditioning.rows(text)
             preds.append(
@@ -204,16 +220,18 @@ class BlendEngine:
                     batch.text,
                     text,
                     conditioning.added,
+                    limit=batch.room,
                 )
             )
         return torch.cat(preds)[: len(rows.owner)]
 
-    def _tiles(self, rows: int) -> Sequence[Tensor]:
+    def _tiles(self, rows: int, room: int) -> Sequence[Tensor]:
+        size = self._runner.fitting(self._tile_rows, room)
         if not self._deterministic:
             # equal tiles: 26 rows run as 13 + 13, not as 24 + 2
-            return torch.arange(rows).chunk(-(-rows // self._tile_rows))
-        padded = -(-rows // self._tile_rows) * self._tile_rows
-        return torch.arange(padded).clamp(max=rows - 1).split(self._tile_rows)
+            return torch.arange(rows).chunk(-(-rows // size))
+        padded = -(-rows // size) * size
+        return torch.arange(padded).clamp(max=rows - 1).split(size)
 
 
 def _store(members: Sequence[Running], taken: DDIMStep, kl: Tensor | None) -> None:
@@ -226,8 +244,9 @@ def _store(members: Sequence[Running], taken: DDIMStep, kl: Tensor | None) -> No
 class _Batch:
     """Samples of one latent shape, kept until one joins or leaves."""
 
-    def __init__(self, members: list[Running], cache: TextCache) -> None:
+    def __init__(self, members: list[Running], cache: TextCache, room: int) -> None:
         self.members = members
+        self.room = room  # rows that fit the memory at once
         self._device = members[0].latents.device
         # [2 n]: each sample's negative prompt and prompt
         self.conditioning = Conditioning.cat([r.conditioning for r in members])

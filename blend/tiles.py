@@ -61,6 +61,17 @@ class Tiles:
         if channels_last:
             bank.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def padded(self, rows: int) -> int:
+        """Return how many rows really run in a tile of `rows`."""
+        return next((size for size in self._sizes if size >= rows), rows) if self.options.fixed else rows
+
+    def fitting(self, rows: int, limit: int) -> int:
+        """Return the largest tile of at most `rows` that runs no more than `limit` rows; at least 1."""
+        if self.padded(rows) <= limit:
+            return rows
+        sizes = (size for size in self._sizes if self.options.fixed and size <= min(rows, limit))
+        return max(sizes, default=max(1, min(rows, limit)))
+
     def run(
         self,
         sample: Tensor,
@@ -70,13 +81,17 @@ class Tiles:
         text: TextKV | None = None,
         text_rows: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        *,
+        limit: int | None = None,
     ) -> Tensor:
         """Return the predictions [R, C, h, w] that `AdapterBank.forward` returns for the same rows.
 
-        Rows are padded to a size of the options; tiles larger than all of them, and banks in training, run eagerly.
+        Rows are padded to a size of the options, of at most `limit`; tiles larger than all of them, and banks in
+        training, run eagerly.
         """
         sample = sample.contiguous(memory_format=self._format)
-        size = next((size for size in self._sizes if size >= sample.shape[0]), None)
+        sizes = (size for size in self._sizes if size >= sample.shape[0] and (limit is None or size <= limit))
+        size = next(sizes, None)
         if not self.options.fixed or size is None or self.bank.trainable:
             return self.bank.forward(sample, timesteps, encoder_hidden_states, mix, text, text_rows, added_cond_kwargs)
         self.bank.check_mix(mix, sample.shape[0])

@@ -24,6 +24,9 @@ class EngineArgs(BaseModel):
     # UNet rows in flight at once, and rows per forward
     max_rows: int = Field(64, ge=2)
     tile_rows: int = Field(24, ge=1)
+    # memory in 10^9 bytes that the rows of one forward may take; None: 90 % of a GPU's free memory, or half of the
+    # machine's. Larger images run in smaller forwards, and those of which not one row fits are refused
+    memory_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @field_validator("device")
     @classmethod
@@ -41,6 +44,11 @@ class EngineArgs(BaseModel):
         if self.base is not None and not self.adapters and self.bundle is None:
             raise ValueError("a base needs adapters to blend (NAME=PATH), or the bundle that was made on it")
         return self
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What `memory_gb` is for the engine."""
+        return None if self.memory_gb is None else max(1, int(self.memory_gb * 1e9))
 
     @property
     def bundle_ref(self) -> str | None:

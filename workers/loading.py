@@ -52,10 +52,14 @@ def open_engine(args: EngineArgs) -> "Opened":
         engine, card = _open_paths(args, device)
     else:
         bundle = _open(args)
-        engine = load_engine(bundle, device=device, max_rows=args.max_rows, tile_rows=args.tile_rows)
+        engine = load_engine(bundle, device=device, **_engine_options(args))
         card = _card_of_bundle(args, bundle, engine.model)
     # A fast tokenizer cannot be used by two threads at once, and the engine's thread has the original.
     return Opened(engine, card, copy.deepcopy(engine.model.text.tokenizers[0]))
+
+
+def _engine_options(args: EngineArgs) -> dict[str, Any]:
+    return {"max_rows": args.max_rows, "tile_rows": args.tile_rows, "memory_bytes": args.memory_bytes}
 
 
 def _open(args: EngineArgs) -> LoadedBundle:
@@ -85,7 +89,7 @@ def _open_paths(args: EngineArgs, device: str) -> "tuple[BlendEngine, ModelCard]
     for name, file in files.items():
         bank.load(name, file)
         digest.update(f"\n{name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
-    engine = BlendEngine(model, bank, max_rows=args.max_rows, tile_rows=args.tile_rows)
+    engine = BlendEngine(model, bank, **_engine_options(args))
     defaults = Sample.__dataclass_fields__
     card = _card(
         model,

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Literal
 
-from blend.engine import DenoisingError, Sample
+from blend.engine import DenoisingError, Sample, SampleError
 from blend.preference import Preference
 from workers.api import GenerationRequest, GenerationResponse, Health, ImageData, Refusal, RequestError, Usage
 from workers.engine_loop import EngineFaultError, EngineLoop, Finished, QueueFullError
@@ -53,7 +53,9 @@ class GenerationService:
         except DenoisingError as error:
             return Refusal(status=400, message=str(error), param="guidance_scale")
         except ValueError as error:
-            # The engine's own last look at a sample; a plan should have found it first.
+            if isinstance(error, SampleError) and error.param in ("height", "width"):
+                return Refusal(status=400, message=f"size: {error}", param="size")
+            # The engine's own last look at a sample; a plan should have found all but what the memory holds.
             log.warning("the engine refused a planned sample", exc_info=error)
             return Refusal(status=400, message=str(error))
         return await asyncio.to_thread(self._respond, samples, finished)

@@ -72,6 +72,33 @@ def test_a_sample_gone_wrong_fails_alone(engine):
     assert engine.idle
 
 
+METHODS = ["mpa", "ls", "soup", "cached", "staged"]
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("place", ["latents", "kept"])
+def test_what_is_no_number_stays_with_its_sample(tiny_model, tiny_bank, place, solver):
+    samples = [
+        sample_of(prefer(1.0, method, a=0.3, b=0.7), seed=seed, num_inference_steps=8, solver=solver)
+        for seed, method in enumerate(METHODS)
+    ]
+    engine = BlendEngine(tiny_model, tiny_bank)
+    alone = [latents_of(engine.run([sample])[0]) for sample in samples]
+    for bad, method in enumerate(METHODS):
+        tickets, finished = [engine.submit(sample) for sample in samples], {}
+        while not engine.idle:
+            running = engine._active.get(tickets[bad])
+            if running is not None and (running.step == 6 if place == "latents" else running.rows.reuse):
+                setattr(running, place, torch.full_like(running.latents, float("nan")))
+            finished.update(engine.step())
+        error = finished[tickets[bad]].error
+        # the other methods reuse nothing
+        assert isinstance(error, DenoisingError) == (place == "latents" or method in ("cached", "staged"))
+        for index, ticket in enumerate(tickets):
+            if index != bad or error is None:
+                assert_same_in_company(latents_of(finished[ticket]), alone[index])
+
+
 def test_a_forward_that_fails_ends_its_samples_and_not_the_engine(engine, tiny_bank, monkeypatch):
     def out_of_memory(*_: object) -> torch.Tensor:
         raise RuntimeError("out of memory")

@@ -52,6 +52,19 @@ def test_compiled_tiles_equal_eager_ones_at_every_count_without_graph_breaks(ban
     assert len(tiles._slots) == 2
 
 
+def test_tiles_are_cut_to_what_fits_with_their_padding(bank):
+    eager, fixed = Tiles(bank), Tiles(bank, COMPILED)
+    assert [eager.fitting(3, limit) for limit in (0, 1, 2, 9)] == [1, 1, 2, 3]
+    # of 2 and 4 rows, or eager ones of any number
+    assert [fixed.fitting(3, limit) for limit in (0, 1, 2, 3, 4)] == [1, 1, 2, 2, 3]
+    assert [fixed.fitting(6, limit) for limit in (3, 5, 6)] == [2, 4, 6]
+    with torch.inference_mode():
+        fixed.run(*rows_of(3), limit=3)
+        assert not fixed._slots
+        fixed.run(*rows_of(3), limit=4)
+    assert len(fixed._slots) == 1
+
+
 def test_compiled_tiles_take_text_and_base_rows(bank):
     tiles = Tiles(bank, COMPILED)
     sample, timesteps, embeds, mix = rows_of(4)

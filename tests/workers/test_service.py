@@ -6,14 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
+from pydantic import ValidationError
 
+from blend.footprint import row_bytes
 from blend.preference import METHODS
 from workers.api import MAX_BODY_BYTES, GenerationRequest
 from workers.engine_args import EngineArgs
 from workers.generation import forecast_rows, generate_png, plan, request_of
 from workers.images import read_facts
 from workers.loading import open_engine, pin
+from workers.routes import create_http
+from workers.service import GenerationService
 
 ROUTE = "/v1/images/generations"
 BASE = {
@@ -136,6 +141,38 @@ def test_what_this_bundle_cannot_serve_is_a_400_that_names_the_field(client, fie
     assert (answer.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
     assert all(word in error["message"] for word in words), error["message"]
     assert set(error) == {"message", "type", "param"}
+
+
+def test_an_image_too_large_for_the_memory_is_a_400_with_the_numbers(engine_args, caplog):
+    model = (opened := open_engine(engine_args)).engine.model
+    side = opened.card.limits.max_size // 2
+    fits, does_not = (
+        row_bytes(opened.engine.bank, model.latents_shape(height, side), model.encode_prompts([""]))
+        for height in (side, 2 * side)
+    )
+    memory = (fits + does_not) / 2
+    opened = open_engine(engine_args.model_copy(update={"memory_gb": memory / 1e9}))
+    service = GenerationService(opened, max_queued_rows=500)
+    try:
+        service.warm_up()
+        with TestClient(create_http(service)) as client:
+            assert pngs(ask(client, size=f"{side}x{side}"))
+            answer = ask(client, size=f"{side}x{2 * side}")
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["type"]) == (400, "size", "invalid_request_error")
+            numbers = f"takes {does_not / 1e6:.2f} MB while it runs and there are {memory / 1e6:.2f} MB"
+            assert f"size: height is {2 * side}" in error["message"]
+            assert numbers in error["message"]
+            assert client.get("/readyz").status_code == 200
+    finally:
+        service.close()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("memory_gb", [0, -1, float("nan"), float("inf")])
+def test_impossible_memory_is_refused(memory_gb):
+    with pytest.raises(ValidationError, match="memory_gb"):
+        EngineArgs(memory_gb=memory_gb)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.5])
