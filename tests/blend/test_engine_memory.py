@@ -137,3 +137,22 @@ def test_sdxl_rows_are_admitted_by_the_same_rule(tiny_sdxl_model, tiny_sdxl_bank
     assert_near(latents_of(BlendEngine(tiny_sdxl_model, tiny_sdxl_bank, memory_bytes=room).run([LARGE])[0]), expected)
     with pytest.raises(SampleError, match="height is 128"):
         BlendEngine(tiny_sdxl_model, tiny_sdxl_bank, memory_bytes=room - 1).submit(LARGE)
+
+
+def test_running_out_of_memory_ends_the_samples_of_that_size_alone(tiny_model, tiny_bank, monkeypatch):
+    engine = BlendEngine(tiny_model, tiny_bank)
+    expected = latents_of(engine.run([SMALL])[0])
+    forward = tiny_bank.forward
+
+    def short_of_memory(x: torch.Tensor, *args: object) -> torch.Tensor:
+        if x.shape[-1] > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(x, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_bank, "forward", short_of_memory)
+        small, large, other = engine.run([SMALL, LARGE, replace(LARGE, seed=3)])
+    assert "out of memory" in str(large.error)
+    assert "out of memory" in str(other.error)
+    assert_near(latents_of(small), expected)
+    latents_of(engine.run([LARGE])[0])
