@@ -39,12 +39,13 @@ def test_the_main_script_measures_every_thing_once(script, capsys):
     assert "neither met nor missed" in table
 
 
-def test_sdxl_rows_carry_their_added_conditions(script, capsys):
+def test_sdxl_goes_through_tiles_and_engine_too(script, capsys):
     script("blend_on_gpu").main(
-        ["--size", "tiny-xl", "--device", "cpu", "--rows", "2", "--repeats", "1", "--images", "0"]
+        ["--size", "tiny-xl", "--device", "cpu", "--rows", "2", "--repeats", "1", "--images", "1", "--steps", "1"]
     )
     lines, _ = lines_of(capsys)
     assert [line["rows"] for line in lines if line["kind"] == "tile"] == [2]
+    assert all(line["images_per_s"] > 0 for line in lines if line["kind"] == "images")
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

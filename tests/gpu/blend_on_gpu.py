@@ -151,7 +151,7 @@ def markdown(options: argparse.Namespace, lines: list[dict[str, Any]], verdicts:
             )
     rows += ["", "| K | method | images/s | rows per image | rows/s | peak GiB |", "|---|---|---|---|---|---|"]
     for line in lines:
-        if line["kind"] == "images" and "method" in line:
+        if line["kind"] == "images":
             figures = f"{line['images_per_s']:.3f} | {line['rows_per_image']:.0f} | {line['rows_per_s']:.1f}"
             rows.append(f"| {line['adapters']} | {line['method']} | {figures} | {line['bytes'] / 2**30:.2f} |")
     rows += ["", "| mode | operation | ms | share |", "|---|---|---|---|"]
@@ -165,9 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.backends.cudnn.benchmark = True
     lines, naive = measure_tiles(options)
-    if options.images and SHAPES[options.size].pooled:
-        say("images", skipped="the engine is measured on the SD 1.5 kind alone")
-    elif options.images:
+    if options.images:
         lines += measure_images(options)
     h100 = options.device.startswith("cuda") and "H100" in torch.cuda.get_device_name()
     verdicts = judge(lines, naive, h100 and options.size == "sd15" and options.pixels == 512)

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from blend.adapters import AdapterBank
 
@@ -22,7 +28,12 @@ class Shape:
     unet: dict[str, Any]
     vae: dict[str, Any]
     text: dict[str, Any]
-    pooled: int = 0  # width of the pooled text embedding, for architectures with added conditions
+    second_text: dict[str, Any] | None = None  # the second text encoder, for architectures with added conditions
+
+    @property
+    def pooled(self) -> int:
+        """Width of the pooled text embedding; 0 where there is none."""
+        return self.second_text["projection_dim"] if self.second_text else 0
 
     def side(self, pixels: int) -> int:
         """Latent cells along one side."""
@@ -41,6 +52,14 @@ _CLIP_L = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "vocab_size": 49408,
+}
+_CLIP_BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "vocab_size": 49408,
+    "projection_dim": 1280,
 }
 _TINY_UNET = {
     "block_out_channels": (32, 64),
@@ -71,7 +90,7 @@ SHAPES = {
         },
         _TINY_VAE,
         _TINY_TEXT,
-        pooled=32,
+        {**_TINY_TEXT, "projection_dim": 32},
     ),
     "sd15": Shape({"cross_attention_dim": 768, "attention_head_dim": 8}, _SD15_VAE, _CLIP_L),
     "sdxl": Shape(
@@ -88,7 +107,7 @@ SHAPES = {
         },
         _SD15_VAE,
         _CLIP_L,
-        pooled=1280,
+        _CLIP_BIG_G,
     ),
 }
 
@@ -145,26 +164,33 @@ def random_rows(unet: UNet2DConditionModel, size: str, count: int, adapters: int
 
 
 def save_pipeline(size: str, pixels: int, directory: Path, dtype: torch.dtype) -> Path:
-    """Write a StableDiffusionPipeline with random weights for `load_model`."""
+    """Write a pipeline of the architecture's own class, with random weights, for `load_model`."""
     shape = SHAPES[size]
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _byte_tokenizer(directory / "characters")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = CLIPTextConfig(**{"vocab_size": len(tokenizer), **shape.text, **special})
-    pipeline = StableDiffusionPipeline(
-        unet=random_unet(size, pixels, "cpu", dtype),
-        vae=AutoencoderKL(sample_size=pixels, **shape.vae).to(dtype),
-        text_encoder=CLIPTextModel(text).to(dtype),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
+    parts = {
+        "unet": random_unet(size, pixels, "cpu", dtype),
+        "vae": AutoencoderKL(sample_size=pixels, **shape.vae).to(dtype),
+        "text_encoder": CLIPTextModel(_text_config(shape.text, tokenizer, special)).to(dtype),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    }
+    if shape.second_text:
+        second = CLIPTextModelWithProjection(_text_config(shape.second_text, tokenizer, special)).to(dtype)
+        pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
+    else:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipeline.save_pretrained(directory)
     return directory
+
+
+def _text_config(width: dict[str, Any], tokenizer: CLIPTokenizer, special: dict[str, int]) -> CLIPTextConfig:
+    return CLIPTextConfig(**{"vocab_size": len(tokenizer), **width, **special})
 
 
 def _byte_tokenizer(directory: Path) -> CLIPTokenizer:
