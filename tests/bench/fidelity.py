@@ -1,10 +1,11 @@
 """What each mode of the engine costs, and how near it comes to the exact blend: three adapters of the sprites bundle.
 
 Fills `modes` (at 20 steps), `modes_by_steps` and `ls_variance` of results/engine.json and draws results/fidelity.png.
---quick is for trying the script out: its figures mean little and are not written.
+--quick is for trying the script out: its figures mean little and are not written; --redraw only draws again.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -60,8 +61,13 @@ def show(steps: int, figures: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--redraw", action="store_true")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
+    if options.redraw:
+        known = json.loads((RESULTS / "engine.json").read_text())["figures"]["modes_by_steps"]
+        (RESULTS / "fidelity.png").write_bytes(draw({int(count): figures for count, figures in known.items()}))
+        return
     steps, prompts, seeds = ((10,), 3, 1) if options.quick else (STEPS, PROMPTS, SEEDS)
     runs = run_all(steps, prompts, seeds, options.jobs)
     modes = {count: measure(found, count, engine().bank.names) for count, found in runs.items()}
