@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blend.adapters import AdapterBank
+from blend.heap import keep_freed_memory
 from blend.text_kv import TextKV
 
 SIZES = (6, 12, 24, 48)
@@ -43,13 +44,18 @@ class Tiles:
     """Runs tiles of one bank. Not thread-safe."""
 
     def __init__(self, bank: AdapterBank, options: TileOptions | None = None) -> None:
-        """channels_last changes the layout of the bank's UNet in place. ValueError for options that do not fit."""
+        """channels_last changes the layout of the bank's UNet in place. ValueError for options that do not fit.
+
+        On a CPU it calls `keep_freed_memory`, which is a setting of the process.
+        """
         options = options or TileOptions()
         device = next(bank.unet.parameters()).device
         if options.graphs and device.type != "cuda":
             raise ValueError(f"graphs is True but the model is on {device}: use graphs=False off CUDA")
         if options.fixed and (not options.sizes or min(options.sizes) < 1):
             raise ValueError(f"sizes is {tuple(options.sizes)}: use at least one integer >= 1")
+        if device.type == "cpu":
+            keep_freed_memory()
         self.bank = bank
         self.options = options
         self._sizes = sorted(set(options.sizes))
