@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blend.early import EarlyLayers
 from blend.lora_file import BASE_HASH_KEY, AdapterError, LoraLayer, read_lora, write_lora
 from blend.low_rank import Factors, FactorTable, call_of, wrap
 from blend.text_kv import TextKV, encode_text, text_layers
@@ -42,6 +44,7 @@ class AdapterBank:
         for layer in self._text_layers:
             wrap(unet, layer, self._call)
         self._modules = dict(unet.named_modules())
+        self._early = EarlyLayers(unet, (), self._call)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -172,6 +175,7 @@ class AdapterBank:
         text: TextKV | None = None,
         text_rows: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        kin: Tensor | None = None,
     ) -> Tensor:
         """Return the UNet's prediction [R, C, h, w], adapters mixed per row.
 
@@ -179,19 +183,24 @@ class AdapterBank:
         added_cond_kwargs: what else this UNet is conditioned on, each [R, ..].
         Gradients reach the trainable adapters. With `text`, row r takes the keys and values of its text row
         text_rows[r] [R] from there; AdapterError while an adapter is in training, which would leave them behind.
+        kin [R]: rows with equal numbers have equal samples, timesteps and added conditioning. On a CPU their first
+        layers run once, unless an adapter is in training; it moves predictions by rounding.
         """
         self.check_mix(mix, sample.shape[0])
         if text is not None and self.trainable:
             raise AdapterError("keys and values kept for the text do not follow training: leave out `text`")
         lines = None if text is None or text_rows is None else text.mixed(text_rows, mix)
-        return self.predict(
-            sample,
-            timesteps,
-            encoder_hidden_states,
-            self.gather(mix),
-            {} if text is None or lines is None else text.lines.outputs(lines),
-            added_cond_kwargs or {},
-        )
+        # on a GPU it is not measured: eager tiles wait for launches there, and hooks add some
+        shared = kin is not None and sample.device.type == "cpu" and not self.trainable
+        with self._early.shared(kin.tolist(), mix.tolist()) if shared else nullcontext():  # type: ignore[union-attr]
+            return self.predict(
+                sample,
+                timesteps,
+                encoder_hidden_states,
+                self.gather(mix),
+                {} if text is None or lines is None else text.lines.outputs(lines),
+                added_cond_kwargs or {},
+            )
 
     def check_mix(self, mix: Tensor, rows: int) -> None:
         """Raise AdapterError unless mix is [rows, K]."""
@@ -258,6 +267,7 @@ class AdapterBank:
         self._modules = dict(self.unet.named_modules())
         layers = {layer: self._linear(layer, "adapters") for layer in adapted}
         self._table = FactorTable(layers, list(self._adapters.values())) if layers else None
+        self._early = EarlyLayers(self.unet, adapted, self._call)
 
 
 def _targets(layer: str, target: str) -> bool:

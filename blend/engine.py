@@ -221,6 +221,8 @@ class BlendEngine:
                     text,
                     conditioning.added,
                     limit=batch.room,
+                    # where a sample's rows share layers, their number depends on the neighbours in the tile
+                    kin=None if self._deterministic else text if conditioning.added else owner,
                 )
             )
         return torch.cat(preds)[: len(rows.owner)]

@@ -27,6 +27,9 @@ class Factors(NamedTuple):
     down: Tensor  # A [R, r, in]
     up: Tensor  # B [R, r, out], the scale and the row's weight folded in
 
+    def take(self, rows: Tensor) -> Factors:
+        return Factors(self.down.index_select(0, rows), self.up.index_select(0, rows))
+
 
 @dataclass(slots=True)
 class Call:
@@ -34,9 +37,10 @@ class Call:
 
     factors: Sequence[Mapping[str, Factors]] = ()  # by slot and layer: slot j holds the j-th adapter that a row uses
     outputs: Mapping[str, Tensor] = field(default_factory=dict)  # [R, L, out] of layers that need not run (text K/V)
+    rows: Tensor | None = None  # of the R, those that the layer under way sees; None: all
 
     def clear(self) -> None:
-        self.factors, self.outputs = (), {}
+        self.factors, self.outputs, self.rows = (), {}, None
 
 
 class AdaptedLinear(nn.Linear):
@@ -58,7 +62,8 @@ class AdaptedLinear(nn.Linear):
         output = functional.linear(x, self.weight, self.bias)
         for slot in self.call.factors:
             if self.name in slot:
-                add_low_rank(output, x, slot[self.name])
+                factors, rows = slot[self.name], self.call.rows
+                add_low_rank(output, x, factors if rows is None else factors.take(rows))
         return output
 
 

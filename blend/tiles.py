@@ -89,17 +89,23 @@ class Tiles:
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         *,
         limit: int | None = None,
+        kin: Tensor | None = None,
     ) -> Tensor:
         """Return the predictions [R, C, h, w] that `AdapterBank.forward` returns for the same rows.
 
         Rows are padded to a size of the options, of at most `limit`; tiles larger than all of them, and banks in
-        training, run eagerly.
+        training, run eagerly. kin as for `forward`; compiled tiles and graphs make nothing of it.
         """
+
+        def eagerly() -> Tensor:
+            embeds, added = encoder_hidden_states, added_cond_kwargs
+            return self.bank.forward(sample, timesteps, embeds, mix, text, text_rows, added, kin)
+
         sample = sample.contiguous(memory_format=self._format)
         sizes = (size for size in self._sizes if size >= sample.shape[0] and (limit is None or size <= limit))
         size = next(sizes, None)
         if not self.options.fixed or size is None or self.bank.trainable:
-            return self.bank.forward(sample, timesteps, encoder_hidden_states, mix, text, text_rows, added_cond_kwargs)
+            return eagerly()
         self.bank.check_mix(mix, sample.shape[0])
         rows = {"sample": sample, "timesteps": timesteps, "encoder_hidden_states": encoder_hidden_states}
         # two kinds of tile alone: rows of one adapter each, and rows that mix any number of them
@@ -111,7 +117,7 @@ class Tiles:
             rows["text"] = text.mixed(text_rows, mix)
         slot = self._slot(size, rows, text)
         if slot is None:
-            return self.bank.forward(sample, timesteps, encoder_hidden_states, mix, text, text_rows, added_cond_kwargs)
+            return eagerly()
         return slot.run(rows)
 
     def _slot(self, size: int, rows: Mapping[str, Tensor], text: TextKV | None) -> _Slot | None:

@@ -99,7 +99,8 @@ def reference(tiny_sd_dir: Path, adapter_dirs: dict[str, Path]) -> Reference:
 @pytest.mark.parametrize("fields", [{}, {"eta": 0.0, "guidance_scale": 7.5, "negative_prompt": "blue"}, {"eta": 0.5}])
 def test_the_blend_equals_separate_diffusers_pipelines(engine, reference, preference, coefficients, fields):
     sample = sample_of(preference, **fields)
-    assert_same(latents_of(engine.run([sample])[0]), reference.denoise(sample, coefficients))
+    # at eta 0 and guidance 7.5 diffusers' own float32 is 2e-5 from float64: judged against the latents' size
+    assert_same_in_company(latents_of(engine.run([sample])[0]), reference.denoise(sample, coefficients))
 
 
 def test_one_adapter_equals_a_whole_diffusers_call_with_the_same_generator(engine, reference):
