@@ -14,9 +14,8 @@ _SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNAB
 def keep_freed_memory() -> bool:
     """Let this process keep up to 128 MiB of freed memory per arena for its next tensors; False where it cannot.
 
-    By default glibc hands the top of its heap back at once, and a forward of 24 rows faults the same pages in at every
-    layer: 7,000 to 14,000 faults a step and 10 to 25 % of its time on the sprites bundle. A setting of the whole
-    process; one that the user made in the environment stays.
+    By default glibc hands the top of its heap back at once, and a forward of many rows faults the same pages in at
+    every layer. A setting of the whole process; one that the user made in the environment stays.
     """
     if any(name in os.environ for name in _SET_BY_USER):
         return False
