@@ -67,7 +67,7 @@ class BlendEngine:
         self._deterministic = deterministic
         self._runner = Tiles(bank, tiles)
         self._room = Room(model, bank, wanted=self._runner.padded(tile_rows), memory_bytes=memory_bytes)
-        self._text = TextCache(bank)
+        self._text = TextCache(bank, steady=deterministic)
         self._tickets = itertools.count()
         self._previewer = Previewer(model)
         self._waiting: deque[Running] = deque()

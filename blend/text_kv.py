@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -113,15 +113,20 @@ def _delta(text: Tensor, factors: Factors | None, base: Tensor) -> Tensor:
 class TextCache:
     """The tables of the prompts seen last, within a number of bytes, for the adapters that a bank now holds."""
 
-    def __init__(self, bank: AdapterBank, limit: int = _KEPT_BYTES) -> None:
+    def __init__(self, bank: AdapterBank, limit: int = _KEPT_BYTES, *, steady: bool = False) -> None:
+        """Batches whose tables exceed `limit` bytes get none and compute their keys and values.
+
+        steady: whether they do must not depend on a row's company, as rounding differs: two tables alone decide.
+        """
         self._bank = bank
         self._limit = limit
+        self._steady = steady
         self._version = bank.version
         self._kept: OrderedDict[str | None, TextKV] = OrderedDict()
         self._bytes = 0
 
     def rows(self, prompts: Sequence[str | None], embeds: Tensor) -> TextKV | None:
-        """Return the tables of `prompts` with embeddings [P, L, D]; None while an adapter is in training.
+        """Return the tables of `prompts` with embeddings [P, L, D]; None beyond the limit or with adapters in training.
 
         A prompt of None is the absent negative prompt.
         """
@@ -130,7 +135,18 @@ class TextCache:
         if self._version != self._bank.version:
             self._kept.clear()
             self._version, self._bytes = self._bank.version, 0
+        distinct = set(prompts)
+        if (2 if self._steady else len(distinct)) * self._table_bytes(embeds) > self._limit:
+            return None
+        # what this batch needs is not what its own new prompts push out
+        for prompt in distinct & self._kept.keys():
+            self._kept.move_to_end(prompt)
         return TextKV.cat([self._row(prompt, one) for prompt, one in zip(prompts, embeds, strict=True)])
+
+    def _table_bytes(self, embeds: Tensor) -> int:
+        unet: Any = self._bank.unet
+        width = sum(unet.get_submodule(layer).out_features for layer in text_layers(unet))
+        return (len(self._bank.names) + 1) * embeds.shape[1] * width * embeds.element_size()
 
     def _row(self, prompt: str | None, embeds: Tensor) -> TextKV:
         if prompt in self._kept:

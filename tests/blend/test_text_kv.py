@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from blend.adapters import AdapterBank, AdapterError
+from blend.engine import BlendEngine, Sample
 from blend.model import load_model
+from blend.preference import Preference
 from blend.text_kv import TextCache, TextKV, text_layers
 
 MIXES = {
@@ -128,3 +130,39 @@ def test_an_adapter_in_training_never_meets_kept_values(tiny_sd_dir, inputs, emb
     text, mix = bank.encode_text(embeds), torch.ones(4, 1)
     with pytest.raises(AdapterError, match="training"):
         bank.forward(*inputs, embeds[TEXT_ROWS], mix, text, TEXT_ROWS)
+
+
+def test_a_batch_beyond_the_limit_gets_no_tables(tiny_bank, embeds):
+    one = tiny_bank.encode_text(embeds[:1]).nbytes
+    assert TextCache(tiny_bank, limit=2 * one).rows(["x", "y", "x"], embeds[[0, 1, 0]]) is not None
+    assert TextCache(tiny_bank, limit=2 * one - 1).rows(["x", "y"], embeds) is None
+
+
+def test_company_does_not_decide_whether_a_steady_cache_gives_tables(tiny_bank, embeds):
+    one = tiny_bank.encode_text(embeds[:1]).nbytes
+    enough, little = (TextCache(tiny_bank, limit=limit, steady=True) for limit in (2 * one, 2 * one - 1))
+    for prompts in (["x"], ["x", "y"], ["x", "y", "z"]):
+        rows = embeds[:1].expand(len(prompts), -1, -1)
+        assert enough.rows(prompts, rows) is not None
+        assert little.rows(prompts, rows) is None
+
+
+def test_a_batch_does_not_push_out_what_it_needs(tiny_bank, embeds, monkeypatch):
+    encode, encoded = tiny_bank.encode_text, []
+    monkeypatch.setattr(tiny_bank, "encode_text", lambda rows: encoded.append(len(rows)) or encode(rows))
+    cache = TextCache(tiny_bank, limit=2 * encode(embeds[:1]).nbytes)
+    cache.rows(["x", "y"], embeds)
+    cache.rows(["z", "x"], embeds)
+    assert len(encoded) == 3
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_engine_beyond_the_limit_gives_the_same_latents(tiny_model, tiny_bank, deterministic):
+    blend = Preference(weights=dict.fromkeys(tiny_bank.names, 1 / len(tiny_bank.names)))
+    samples = [Sample(prompt, blend, seed, num_inference_steps=3) for seed, prompt in enumerate(("a car", "a cat"))]
+    found = []
+    for limit in (2**30, 1):
+        engine = BlendEngine(tiny_model, tiny_bank, tile_rows=4, deterministic=deterministic)
+        engine._text = TextCache(tiny_bank, limit, steady=deterministic)
+        found.append(torch.stack([output.latents for output in engine.run(samples)]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5 * float(found[0].abs().max()))
