@@ -37,8 +37,8 @@ class EarlyLayers:
         def touched(name: str) -> bool:
             return any(layer.startswith(f"{name}.") for layer in adapted)
 
-        if unet.config.addition_embed_type not in _ADDITIONS:
-            return
+        if not hasattr(unet, "config") or unet.config.addition_embed_type not in _ADDITIONS:
+            return  # a part of a UNet, or one whose first layers see the text
         self._plain.append(unet.conv_in)
         if any(touched(name) for name in _EMBEDDINGS):
             return

@@ -14,7 +14,26 @@ from blend.finetune.objectives import OBJECTIVES
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 # keys that may change between a run and its resumption: they do not alter what one iteration computes
-RESUMABLE_KEYS = frozenset({"iterations", "eval_every", "checkpoint_every", "num_workers", "use_gpu"})
+RESUMABLE_KEYS = frozenset(
+    {"iterations", "eval_every", "checkpoint_every", "num_workers", "use_gpu", "reward_actors", "reward_gpus"}
+)
+
+
+class Guard(BaseModel):
+    """When a run ends before its last iteration: each rule is looked at after every held-out evaluation.
+
+    What is published is then the adapter of the last evaluation that broke no rule.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # most path KL to the base on the held-out images, in nats
+    kl: PositiveFloat | None = None
+    # most that the held-out reward may fall below its best, in standard deviations of the base
+    drop: PositiveFloat | None = None
+    # rewards that are not trained, such as { alignment = 1.0 }: most that each may fall below the base, in its own
+    # standard deviations under the base; all are reported
+    watch: dict[str, PositiveFloat] = {}
 
 
 class TrainConfig(BaseModel):
@@ -32,8 +51,9 @@ class TrainConfig(BaseModel):
     prompts: tuple[str, ...] | str = "sprites-train"
     # prompts of the held-out evaluation, never trained on: a list, "sprites-test", or a path
     held_out_prompts: tuple[str, ...] | str = "sprites-test"
-    # images of the held-out evaluation; prompts are reused with new seeds when there are fewer
+    # images of the held-out evaluation, and how many of them share a prompt: diversity is measured within a prompt
     held_out_images: Annotated[int, Field(ge=2)] = 64
+    held_out_images_per_prompt: PositiveInt = 2
     # how advantages and the policy loss are formed: see blend.finetune.objectives
     objective: Literal["dpok", "ddpo", "grpo"] = "grpo"
     # rank of the LoRA on the attention projections (alpha = rank, so that the scale is 1)
@@ -42,6 +62,10 @@ class TrainConfig(BaseModel):
     learning_rate: PositiveFloat = 2e-3
     # alpha of: mean reward / (its std under the base) - alpha * path KL in nats; 0 turns the KL off
     kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    # path KL on the held-out images, in nats, that is not to be passed: alpha rises above kl_weight as far as it takes
+    kl_target: PositiveFloat | None = None
+    # when to stop early
+    guard: Guard = Guard()
     # the ratio of mean-per-element probabilities is clipped to 1 +- this
     clip_range: PositiveFloat = 1e-4
     # largest gradient norm over all adapter parameters
@@ -58,6 +82,8 @@ class TrainConfig(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 20
     # denoising steps of each trajectory that are trained, drawn at random
     train_steps_per_sample: PositiveInt = 10
+    # those steps anywhere on the path, or one window of neighbouring steps that begins anywhere
+    step_choice: Literal["random", "window"] = "random"
     # the first so many steps of a path carry the reward and are all trained; the others count in the KL alone, a
     # random few of them per sample. 0 is all steps. What a reward sees of a layout is decided in the first steps.
     rewarded_steps: Annotated[int, Field(ge=0)] = 0
@@ -69,6 +95,8 @@ class TrainConfig(BaseModel):
     eta: Annotated[float, Field(gt=0, le=1)] = 1.0
     # most UNet rows of one training forward: bounds memory
     micro_batch_rows: Annotated[int, Field(ge=2)] = 64
+    # recompute activations in the backward pass: less memory, a forward more
+    gradient_checkpointing: bool = False
     # held-out evaluation every so many iterations (always before the first and after the last)
     eval_every: PositiveInt = 10
     # checkpoint every so many iterations (always after the last)
@@ -79,6 +107,10 @@ class TrainConfig(BaseModel):
     num_workers: Annotated[int, Field(ge=0)] = 1
     # one GPU per worker (nccl) instead of one CPU (gloo)
     use_gpu: bool = False
+    # Ray actors that score images while the workers sample, for rewards that are models; 0 scores in each worker
+    reward_actors: Annotated[int, Field(ge=0)] = 0
+    # GPUs of each reward actor; a share such as 0.5 is allowed
+    reward_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     # precision of the frozen model; adapter parameters are always float32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -104,6 +136,15 @@ class TrainConfig(BaseModel):
                 f"images_per_prompt is {self.images_per_prompt}: {self.objective!r} compares images of "
                 "one prompt; use 2 or more, or objective 'dpok'"
             )
+        if self.kl_target is not None and self.kl_weight == 0:
+            raise ValueError(
+                f"kl_target is {self.kl_target:g} and kl_weight 0: alpha rises from kl_weight by factors, give it a "
+                "small number such as 0.001"
+            )
+        if self.reward in self.guard.watch:
+            raise ValueError(f"guard.watch names {self.reward!r}, the trained reward: use guard.drop for it")
+        if self.reward_actors and not self.num_workers:
+            raise ValueError(f"reward_actors is {self.reward_actors} and num_workers 0: actors need Ray, use 1 or more")
         if self.num_workers > self.batch_size:
             raise ValueError(f"num_workers is {self.num_workers}: more than the {self.batch_size} images")
         return self
@@ -121,7 +162,10 @@ class TrainConfig(BaseModel):
 
     def training_facts(self) -> dict[str, Any]:
         """The settings that must be equal for a checkpoint of one run to be continued by another."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in RESUMABLE_KEYS}
+        # where evaluations steer the run, their frequency decides its result
+        steered = self.kl_target is not None or self.guard != Guard()
+        free = RESUMABLE_KEYS - {"eval_every"} if steered else RESUMABLE_KEYS
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
 
     @classmethod
     def parse(cls, settings: dict[str, Any], *, source: str = "run") -> Self:

@@ -167,3 +167,13 @@ def test_the_engine_shares_them_unless_it_is_deterministic(request, kind, rows):
             found[count] = torch.stack([output.latents for output in engine.run(samples)])
         assert seen == {"conv_in": count}
     torch.testing.assert_close(found[rows], found[12], rtol=0, atol=1e-5 * float(found[12].abs().max()))
+
+
+def test_a_part_of_a_unet_takes_adapters_too(tmp_path):
+    torch.manual_seed(0)
+    part = torch.nn.Module()
+    part.attention = torch.nn.Linear(4, 4)
+    bank = AdapterBank(part.requires_grad_(False))
+    with pytest.raises(AttributeError):
+        part.config
+    assert bank.names == ()

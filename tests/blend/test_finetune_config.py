@@ -24,6 +24,13 @@ MINIMAL = {"name": "colour", "reward": "colourfulness"}
         ({"eta": 0.0}, "eta is 0.0"),
         ({"num_workers": 65}, "num_workers is 65"),
         ({"name": "No Good"}, "name is 'No Good'"),
+        ({"kl_target": 100.0, "kl_weight": 0.0}, "kl_target is 100 and kl_weight 0"),
+        ({"kl_target": -1.0}, "kl_target is -1.0"),
+        ({"guard": {"watch": {"colourfulness": 1.0}}}, "guard.watch names 'colourfulness', the trained reward"),
+        ({"guard": {"kls": 1.0}}, "unknown key 'guard.kls'"),
+        ({"guard": {"drop": 0.0}}, "guard.drop is 0.0"),
+        ({"step_choice": "all"}, "step_choice is 'all'.*'random' or 'window'"),
+        ({"reward_actors": 1, "num_workers": 0}, "reward_actors is 1 and num_workers 0"),
     ],
 )
 def test_bad_setting_is_named(changes, expected):
