@@ -5,16 +5,18 @@ workers and a resumed run draws what the uninterrupted one would have: there is 
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from blend.engine import BlendEngine, Output, Sample, Trajectory
 from blend.finetune.config import TrainConfig
+from blend.finetune.errors import FinetuneError, StoppedError
 from blend.preference import Preference
-from blend.rewards import Reward
+from blend.rewards import Reward, start_scoring
 
 DECODE_BATCH = 32
 
@@ -34,12 +36,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Requests and outputs: images [N, 3, H, W] on the CPU, rewards [N] (NaN where sampling failed)."""
+    """Requests and what came of them; scores are NaN where sampling failed."""
 
     requests: tuple[Request, ...]
     outputs: tuple[Output, ...]
-    images: Tensor
-    rewards: Tensor
+    images: Tensor  # [N, 3, H, W] on the CPU from evaluate(), [0, 3, 0, 0] from roll_out(), which keeps none
+    rewards: Tensor  # [N]
+    watched: Mapping[str, Tensor] = field(default_factory=dict)  # other rewards [N] by name, from evaluate() alone
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
@@ -93,23 +96,41 @@ def choose_steps(config: TrainConfig, iteration: int, index: int, trainable: Seq
 
 
 class Sampler:
-    """Makes and scores images of one adapter with the engine that also serves."""
+    """Makes and scores images of one adapter with the engine that also serves.
 
-    def __init__(self, config: TrainConfig, engine: BlendEngine, reward: Reward) -> None:
+    Images are decoded and handed to the rewards as samples end: one that computes elsewhere does so while the
+    others are still sampled. `should_stop` is asked between any two steps of the engine.
+    """
+
+    def __init__(
+        self, config: TrainConfig, engine: BlendEngine, reward: Reward, watched: Mapping[str, Reward] | None = None
+    ) -> None:
+        """`watched` are rewards that evaluate() reports and nothing is trained on."""
         self.config = config
         self.engine = engine
         self.reward = reward
+        self.watched = dict(watched or {})
+        self.should_stop: Callable[[], bool] = lambda: False
         self._preference = Preference(weights={config.name: 1.0})
 
     def roll_out(self, requests: Sequence[Request]) -> Scored:
-        """Sample with recorded trajectories."""
-        return self._score(requests, guidance_scale=self.config.guidance_scale, record=True, measure_kl=False)
+        """Sample with recorded trajectories; the images are let go once they are scored."""
+        scoring = Scoring(self.engine, [self.reward], requests, keep_images=False)
+        outputs = self._sample(requests, scoring, guidance_scale=self.config.guidance_scale, record=True)
+        [rewards] = scoring.scores()
+        return Scored(tuple(requests), outputs, scoring.images, rewards)
 
     def evaluate(self, requests: Sequence[Request]) -> Scored:
         """Sample as it is served, with the path KL to the base measured in the same forwards."""
-        return self._score(requests, guidance_scale=self.config.eval_guidance_scale, record=False, measure_kl=True)
+        scoring = Scoring(self.engine, [self.reward, *self.watched.values()], requests, keep_images=True)
+        outputs = self._sample(requests, scoring, guidance_scale=self.config.eval_guidance_scale, record=False)
+        rewards, *others = scoring.scores()
+        return Scored(tuple(requests), outputs, scoring.images, rewards, dict(zip(self.watched, others, strict=True)))
 
-    def _score(self, requests: Sequence[Request], *, guidance_scale: float, record: bool, measure_kl: bool) -> Scored:
+    def _sample(
+        self, requests: Sequence[Request], scoring: "Scoring", *, guidance_scale: float, record: bool
+    ) -> tuple[Output, ...]:
+        """Step the engine until all samples ended, passing each on as it ends; StoppedError when asked to stop."""
         samples = [
             Sample(
                 prompt=request.prompt,
@@ -119,21 +140,82 @@ class Sampler:
                 guidance_scale=guidance_scale,
                 eta=self.config.eta,
                 record=record,
-                measure_kl=measure_kl,
+                measure_kl=not record,
             )
             for request in requests
         ]
-        outputs = self.engine.run(samples)
-        rewards = torch.full((len(requests),), float("nan"))
-        images = None
-        made = [(i, output.latents) for i, output in enumerate(outputs) if output.latents is not None]
-        for start in range(0, len(made), DECODE_BATCH):
-            part = [i for i, _ in made[start : start + DECODE_BATCH]]
-            decoded = self.engine.decode([latents for _, latents in made[start : start + DECODE_BATCH]]).float().cpu()
-            if images is None:
-                images = decoded.new_zeros((len(requests), *decoded.shape[1:]))
-            images[part] = decoded
-            rewards[part] = self.reward(decoded, [requests[i].prompt for i in part]).float().cpu()
-        if images is None:
-            images = torch.zeros(len(requests), 3, 1, 1)
-        return Scored(tuple(requests), tuple(outputs), images, rewards)
+        assert self.engine.idle, "the engine is this sampler's alone"
+        places: dict[int, int] = {}
+        outputs: dict[int, Output] = {}
+        try:
+            for place, sample in enumerate(samples):
+                places[self.engine.submit(sample)] = place
+            while not self.engine.idle:
+                if self.should_stop():
+                    raise StoppedError(f"{self.config.name!r} was stopped while sampling: run it again to resume")
+                for ticket, output in self.engine.step().items():
+                    outputs[places[ticket]] = output
+                    scoring.add(places[ticket], output)
+        finally:
+            for ticket in places:
+                self.engine.abort(ticket)
+        return tuple(outputs[place] for place in range(len(samples)))
+
+
+class Scoring:
+    """Decodes the samples of some requests as they end, a batch at a time, and has each batch scored at once."""
+
+    def __init__(
+        self, engine: BlendEngine, rewards: Sequence[Reward], requests: Sequence[Request], *, keep_images: bool
+    ) -> None:
+        self.images = torch.zeros(len(requests) if keep_images else 0, 3, 0, 0)  # [N, 3, H, W] where they are kept
+        self._engine = engine
+        self._rewards = rewards
+        self._requests = requests
+        self._keep_images = keep_images
+        self._ended: list[tuple[int, Tensor]] = []
+        self._started: list[tuple[list[int], list[Callable[[], Tensor]]]] = []
+
+    def add(self, place: int, output: Output) -> None:
+        """Take the output of request number `place`; one without latents gets no score."""
+        if output.latents is not None:
+            self._ended.append((place, output.latents))
+        if len(self._ended) == DECODE_BATCH:
+            self._start()
+
+    def scores(self) -> list[Tensor]:
+        """Wait for the scores [N] of each reward; FinetuneError names a reward that failed, prompts and seeds."""
+        if self._ended:
+            self._start()
+        found = [torch.full((len(self._requests),), float("nan")) for _ in self._rewards]
+        for places, waits in self._started:
+            for reward, wait, scores in zip(self._rewards, waits, found, strict=True):
+                with self._naming(reward, places):
+                    scores[places] = wait()
+        return found
+
+    def _start(self) -> None:
+        places = [place for place, _ in self._ended]
+        decoded = self._engine.decode([latents for _, latents in self._ended]).float().cpu()
+        self._ended.clear()
+        if self._keep_images:
+            if self.images.shape[2:] != decoded.shape[2:]:
+                self.images = decoded.new_zeros(len(self._requests), *decoded.shape[1:])
+            self.images[places] = decoded
+        prompts = [self._requests[place].prompt for place in places]
+        waits = []
+        for reward in self._rewards:
+            with self._naming(reward, places):
+                waits.append(start_scoring(reward, decoded, prompts))
+        self._started.append((places, waits))
+
+    @contextmanager
+    def _naming(self, reward: Reward, places: Sequence[int]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            first = "; ".join(str(self._requests[place]) for place in places[:3])
+            raise FinetuneError(
+                f"the reward {reward.name!r} failed on {len(places)} images, first {first}: "
+                f"{type(error).__name__}: {error}"
+            ) from error

@@ -1,6 +1,7 @@
 """Rewards: functions of a batch of images and their prompts that a basis adapter is tuned toward.
 
 `load_reward(name)` gives one by name. A reward is deterministic and scores each image by itself, whatever its batch.
+One that computes elsewhere also has `submit`; `start_scoring` treats both kinds alike.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -26,6 +28,24 @@ class Reward(Protocol):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, 3, H, W] in [0, 1] made from B prompts; returns float32 [B]."""
+        ...
+
+
+@runtime_checkable
+class AsyncReward(Protocol):
+    """What a reward also has that computes elsewhere, while the caller goes on."""
+
+    def submit(self, images: Tensor, prompts: Sequence[str]) -> Callable[[], Tensor]:
+        """Begin to score; the returned function waits for the scores [B] and raises what went wrong."""
+        ...
+
+
+@runtime_checkable
+class MovableReward(Protocol):
+    """What a reward also has that computes where it is put: images and scores may be on any device."""
+
+    def to(self, device: str) -> Reward:
+        """Move to a device and return itself."""
         ...
 
 
@@ -67,6 +87,25 @@ def load_reward(name: str) -> Reward:
     if name not in _FACTORIES:
         raise RewardError(f"unknown reward {name!r}; choose one of {', '.join(REWARDS)}")
     return _FACTORIES[name]()
+
+
+def start_scoring(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Callable[[], Tensor]:
+    """Begin to score images [B, 3, H, W]; the returned function gives float32 scores [B] on the CPU.
+
+    A reward without `submit` is computed here and now. The scores carry no graph; RewardError when they are not [B].
+    """
+    if isinstance(reward, AsyncReward):
+        wait = reward.submit(images, prompts)
+        return lambda: _checked(reward, wait(), len(prompts))
+    with torch.no_grad():
+        scores = _checked(reward, reward(images, prompts), len(prompts))
+    return lambda: scores
+
+
+def _checked(reward: Reward, scores: Tensor, count: int) -> Tensor:
+    if scores.shape != (count,):
+        raise RewardError(f"{reward.name} gave scores of shape {tuple(scores.shape)} for {count} images")
+    return scores.detach().float().cpu()
 
 
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:

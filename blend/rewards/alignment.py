@@ -72,6 +72,12 @@ class Alignment:
         load_half(encoder, WEIGHTS)
         return cls(encoder)
 
+    def to(self, device: str) -> Alignment:
+        """Compute on this device from now on; images may come from any."""
+        self.encoder.to(device)
+        self._texts.clear()
+        return self
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         check_images(images, prompts)
         if images.shape[2:] != (64, 64):
@@ -82,7 +88,7 @@ class Alignment:
         for prompt in set(prompts) - self._texts.keys():
             self._texts[prompt] = self.encoder.embed_prompts([prompt])[0]
         texts = torch.stack([self._texts[prompt] for prompt in prompts])
-        return (self.encoder.embed_images(images.float()) * texts).sum(-1)
+        return (self.encoder.embed_images(images.to(texts.device, torch.float32)) * texts).sum(-1)
 
 
 def _tokens(prompt: str) -> list[int]:
