@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from blend.finetune.prompts import load_prompts
 from blend.finetune.trainer import Metrics, Trainer
 from blend.finetune.workgroup import Workgroup
 from blend.model import load_model, model_hash
-from blend.rewards import RewardError, load_reward
+from blend.rewards import MovableReward, Reward, RewardError, load_reward
 from workers.bundles import resolve_base
 from workers.training_report import draw_curve, draw_sheet, write_card
 
@@ -41,10 +41,7 @@ class TrainJob(BaseModel):
     @classmethod
     def prepare(cls, config: TrainConfig) -> "TrainJob":
         """Check everything a run needs before any work; ConfigError, ModelError or RewardError otherwise."""
-        try:
-            load_reward(config.reward)
-        except RewardError as error:
-            raise ConfigError(f"reward is {config.reward!r}: {error}") from None
+        _require_rewards(config)
         prompts = load_prompts(config.prompts, key="prompts")
         held_out = load_prompts(config.held_out_prompts, key="held_out_prompts")
         if shared := sorted(set(prompts) & set(held_out)):
@@ -67,17 +64,35 @@ class TrainJob(BaseModel):
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def trainer(self, device: str = "cpu", workgroup: Workgroup | None = None) -> Trainer:
-        """A fresh trainer of this job on a device."""
+    def trainer(
+        self, device: str = "cpu", workgroup: Workgroup | None = None, rewards: Mapping[str, Reward] | None = None
+    ) -> Trainer:
+        """A fresh trainer of this job on a device; rewards not given by name are computed in this process."""
+        rewards = rewards or {}
         model = load_model(resolve_base(self.config.base_model), device=device, dtype=DTYPES[self.config.dtype])
         return Trainer(
             self.config,
             model,
-            load_reward(self.config.reward),
+            rewards.get(self.config.reward) or load_reward(self.config.reward),
             self.prompts,
             self.held_out_prompts,
             workgroup,
             base_hash=self.base_hash,
+        )
+
+
+def _require_rewards(config: TrainConfig) -> None:
+    """Raise ConfigError that names the key of an unknown reward, or GPUs that no reward would use."""
+    movable = False
+    for key, name in (("reward is", config.reward), *(("guard.watch has", name) for name in config.guard.watch)):
+        try:
+            movable |= isinstance(load_reward(name), MovableReward)
+        except RewardError as error:
+            raise ConfigError(f"{key} {name!r}: {error}") from None
+    if config.reward_actors and config.reward_gpus and not movable:
+        raise ConfigError(
+            f"reward_gpus is {config.reward_gpus:g}: {config.reward!r} is computed on the CPU and leaves them idle; "
+            "set it to 0"
         )
 
 

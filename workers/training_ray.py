@@ -3,7 +3,7 @@
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ray
@@ -17,7 +17,9 @@ from blend.finetune.errors import ConfigError, FinetuneError
 from blend.finetune.loop import run_training
 from blend.finetune.trainer import Metrics, Trainer
 from blend.finetune.workgroup import TorchWorkgroup, Workgroup
+from blend.rewards import Reward
 from workers.cluster import ray_session
+from workers.reward_actors import reward_actors
 from workers.training import TrainJob
 
 POLL_SECONDS = 0.2
@@ -60,11 +62,13 @@ def fit_on_ray(job: TrainJob, storage: Path, on_metrics: Callable[[Metrics], Non
     workers after their current iteration.
     """
     workers = job.config.num_workers
-    with ray_session(num_cpus=workers, num_gpus=workers if job.config.use_gpu else None):
+    # where rewards take GPUs too, a private cluster has all there are
+    num_gpus = workers if job.config.use_gpu and not job.config.reward_gpus else None
+    with ray_session(num_cpus=workers, num_gpus=num_gpus), reward_actors(job.config) as rewards:
         _require_resources(job)
         board = ray.remote(num_cpus=0)(Board).remote()
         trainer = TorchTrainer(
-            lambda: worker_loop(job, board),
+            lambda: worker_loop(job, board, rewards),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.config.use_gpu),
             run_config=RunConfig(
                 name=job.config.name,
@@ -128,7 +132,7 @@ def _require_resources(job: TrainJob) -> None:
         )
 
 
-def worker_loop(job: TrainJob, board: "ray.actor.ActorHandle") -> None:
+def worker_loop(job: TrainJob, board: "ray.actor.ActorHandle", rewards: Mapping[str, Reward]) -> None:
     """What each Ray Train worker runs; rank 0 writes checkpoints and posts metrics."""
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     device = get_device()
@@ -151,7 +155,7 @@ def worker_loop(job: TrainJob, board: "ray.actor.ActorHandle") -> None:
         return bool(workgroup.sum_(asked).item())
 
     try:
-        trainer = job.trainer(str(device), workgroup)
+        trainer = job.trainer(str(device), workgroup, rewards)
         if (checkpoint := ray.train.get_checkpoint()) is not None:
             with checkpoint.as_directory() as directory:
                 trainer.load_state_dict(read_state(Path(directory)))
