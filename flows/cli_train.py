@@ -1,7 +1,8 @@
 """Verb `train`."""
 
+import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,7 +14,13 @@ def register(app: typer.Typer) -> None:
 def train(
     run: Annotated[Path, typer.Argument(metavar="RUN.toml", help="Run file, as in infra/runs/train_*.toml.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Checkpoints and results; default: the cache.")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Results and checkpoints; default: the cache.")
+    ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints", metavar="DIR|URL", help="Checkpoints alone: a directory that all nodes see, or s3://..."
+        ),
     ] = None,
     publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Register the adapter at the end.")] = True,
     store_url: Annotated[str | None, typer.Option("--store-url", help="Registry; default: the settings.")] = None,
@@ -26,19 +33,25 @@ def train(
 
     from workers.publishing import check_store, publish_fit, run_directory
     from workers.training import fit_basis
+    from workers.training_report import outcome_sentence
 
     if publish:
         check_store(store_url)
     directory = output or run_directory(config)
-    typer.echo(f"Checkpoints and results go to {directory}", err=True)
-    result = fit_basis(config, output_dir=directory)
-    gain = (result.tuned_mean - result.base_mean) / max(result.base_std, 1e-9)
-    typer.echo(
-        f"{config.reward} on held-out prompts: {result.base_mean:.3f} -> {result.tuned_mean:.3f} "
-        f"({gain:+.2f} base standard deviations) at a path KL of {result.path_kl:.1f} nats; "
-        f"see {result.curve_png} and {result.samples_png}"
-    )
+    typer.echo(f"Results go to {directory}, checkpoints to {checkpoints or directory / 'checkpoints'}", err=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = fit_basis(config, output_dir=directory, storage_path=checkpoints)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted: run the same command again to resume from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{outcome_sentence(config, result.metrics)}; see {result.curve_png} and {result.samples_png}")
     if publish:
         typer.echo(f"Published {publish_fit(config, result, store_url).ref}")
     else:
         typer.echo(str(result.adapter_dir))
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """What a supervisor's SIGTERM does: the same as Ctrl-C, so that the Ray job is stopped and not orphaned."""
+    raise KeyboardInterrupt

@@ -5,6 +5,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import (
+    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -16,6 +17,19 @@ from blend.finetune.errors import FinetuneError
 from infra.manifests import AdapterRecord
 from workers.training import FitResult
 
+TABLE_COLUMNS = (
+    "iteration",
+    "reward_mean",
+    "reward_ci",
+    "path_kl",
+    "kl_weight",
+    "held_out_mean",
+    "held_out_ci",
+    "held_out_path_kl",
+    "held_out_diversity",
+    "seconds",
+)
+
 
 def name_run() -> str:
     """What a flow run is called: its adapter, or its run file."""
@@ -25,16 +39,20 @@ def name_run() -> str:
 
 @flow(name="train-basis", flow_run_name=name_run)
 def train_basis(
-    run: dict[str, Any] | str, store_url: str | None = None, output_dir: str | None = None
+    run: dict[str, Any] | str,
+    store_url: str | None = None,
+    output_dir: str | None = None,
+    checkpoints: str | None = None,
 ) -> dict[str, Any]:
     """Train what `run` describes (settings, or the path of a run file) and return the published record.
 
-    output_dir keeps checkpoints and results (default: a directory of this run in the cache, so that it can resume).
+    output_dir keeps results (default: a directory of this run in the cache), checkpoints what a cancelled or failed run
+    resumes from: a directory that all nodes see or an s3:// URL (default: as `diffusion-blend train` has it).
     """
     config = validate_run(run, store_url)
-    result = fit(config, output_dir)
+    result = fit(config, output_dir, checkpoints)
     record = publish(config, result, store_url)
-    report(config, result, record)
+    report(config, result, record, store_url)
     return record.model_dump(mode="json")
 
 
@@ -56,23 +74,28 @@ def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
 
 
 @task(retries=1, retry_delay_seconds=5, retry_condition_fn=_is_transient)
-def fit(config: TrainConfig, output_dir: str | None) -> FitResult:
-    """Train on Ray, showing progress as it goes."""
+def fit(config: TrainConfig, output_dir: str | None, checkpoints: str | None) -> FitResult:
+    """Train on Ray, showing progress as it goes; a cancelled one says how to go on."""
     from workers.publishing import run_directory
     from workers.training import fit_basis
+    from workers.training_display import progress_line
 
     logger = get_run_logger()
     description = f"{config.name}: {config.iterations} iterations toward {config.reward}"
-    artifact = create_progress_artifact(
-        progress=0.0, key=artifact_key(config.name, "progress"), description=description
-    )
+    key = artifact_key(config.name, "progress")
+    artifact = create_progress_artifact(progress=0.0, key=key, description=description)
 
     def show(metrics: dict[str, Any]) -> None:
         update_progress_artifact(artifact, progress=100.0 * metrics["iteration"] / metrics["iterations"])
-        logger.info(progress_line(config, metrics))
+        logger.info("%s %s", config.name, progress_line(metrics))
 
     directory = Path(output_dir) if output_dir else run_directory(config)
-    result = fit_basis(config, output_dir=directory, on_progress=show)
+    try:
+        result = fit_basis(config, output_dir=directory, storage_path=checkpoints, on_progress=show, show_bar=False)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            logger.warning("%s was interrupted: run the flow again with the same parameters to resume", config.name)
+        raise
     update_progress_artifact(artifact, progress=100.0)
     return result
 
@@ -88,32 +111,26 @@ def publish(config: TrainConfig, result: FitResult, store_url: str | None) -> Ad
 
 
 @task
-def report(config: TrainConfig, result: FitResult, record: AdapterRecord) -> None:
-    """Metrics as a table; gain, curve and samples as markdown."""
+def report(config: TrainConfig, result: FitResult, record: AdapterRecord, store_url: str | None) -> None:
+    """Metrics as a table; outcome, curve and samples as markdown; a link to the record in the store."""
+    from workers.publishing import manifest_url
     from workers.training_report import markdown_report
 
-    columns = ("iteration", "reward_mean", "reward_ci", "path_kl", "held_out_mean", "held_out_path_kl", "seconds")
-    table = [{key: metrics.get(key) for key in columns} for metrics in result.metrics]
+    table = [{key: metrics.get(key) for key in TABLE_COLUMNS} for metrics in result.metrics]
     create_table_artifact(table=table, key=artifact_key(config.name, "metrics"), description=f"Metrics of {record.ref}")
     create_markdown_artifact(
         markdown=markdown_report(config, result.metrics, record.ref, result.curve_png, result.samples_png),
         key=artifact_key(config.name, "report"),
         description=f"How {record.ref} was trained",
     )
+    create_link_artifact(
+        link=manifest_url(record, store_url),
+        link_text=record.ref,
+        key=artifact_key(config.name, "adapter"),
+        description=f"The manifest of {record.ref}, which names its files",
+    )
 
 
 def artifact_key(name: str, kind: str) -> str:
     """The key of a run's artifact; Prefect allows lower-case letters, digits and dashes."""
     return f"train-{name}-{kind}".replace("_", "-").replace(".", "-")
-
-
-def progress_line(config: TrainConfig, metrics: dict[str, Any]) -> str:
-    """One iteration in words."""
-    parts = [f"{config.name} {metrics['iteration']}/{metrics['iterations']}"]
-    if "reward_mean" in metrics:
-        parts.append(
-            f"reward {metrics['reward_mean']:.3f} ± {metrics['reward_ci']:.3f}, KL {metrics['path_kl']:.1f} nats"
-        )
-    if "held_out_mean" in metrics:
-        parts.append(f"held out {metrics['held_out_mean']:.3f} ± {metrics['held_out_ci']:.3f}")
-    return ", ".join(parts)

@@ -19,7 +19,7 @@ inference, by any preference and strength; alone, it is an ordinary LoRA.
 | Base model | {source} (SHA-256 {sha256}) |
 | Reward | {reward}, version {reward_version} |
 | LoRA | rank {rank}, alpha {alpha:g}, on {targets} |
-| KL weight in training | {kl_weight:g} |
+| KL weight in training | {kl_weight} |
 | Seed | {seed} |
 | Licence | {licence} |
 
@@ -35,6 +35,7 @@ pipe.load_lora_weights(THIS_DIRECTORY)
 def adapter_card(name: str, facts: AdapterFacts) -> str:
     """Markdown with the front matter that model hubs read. Depends on nothing but its arguments."""
     rows = "".join(f"| {metric} | {_figure(value)} |\n" for metric, value in sorted(facts.metrics.items()))
+    target = "" if facts.kl_target is None else f", moved to hold the path KL at {facts.kl_target:g} nats"
     return _CARD.format(
         name=name,
         licence=facts.licence,
@@ -45,7 +46,7 @@ def adapter_card(name: str, facts: AdapterFacts) -> str:
         rank=facts.rank,
         alpha=facts.alpha,
         targets=", ".join(facts.target_modules),
-        kl_weight=facts.kl_weight,
+        kl_weight=f"{facts.kl_weight:g}{target}",
         seed=facts.seed,
         metrics=f"## Measured\n\n| Metric | Value |\n|---|---|\n{rows}\n" if rows else "",
     )

@@ -17,8 +17,10 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -124,8 +126,18 @@ class AdapterFacts(Origin):
     reward: str
     reward_version: str
     reward_sha256: Sha256 | None = None  # of the reward model's weights; None for a formula
-    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # alpha in force at the end of training
+    # nats that training held the path KL at by moving alpha; None: alpha was fixed
+    kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: Seed
+
+    @model_serializer(mode="wrap")
+    def _as_before_where_alpha_was_fixed(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the field that earlier software does not know, where it says nothing."""
+        fields: dict[str, Any] = write(self)
+        if self.kl_target is None:
+            fields.pop("kl_target", None)
+        return fields
 
 
 class BundleDefaults(Facts):

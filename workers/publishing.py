@@ -5,7 +5,6 @@ from pathlib import Path
 
 from blend.adapters import ATTENTION_TARGETS
 from blend.finetune.config import TrainConfig
-from blend.finetune.trainer import Metrics
 from blend.model import model_hash
 from blend.rewards import load_reward
 from infra.manifests import AdapterFacts, AdapterRecord, BaseIdentity, Metric
@@ -13,7 +12,11 @@ from infra.registry import Registry
 from infra.settings import Settings, read_settings
 from infra.storage import open_store
 from workers.bundles import resolve_base
+from workers.provenance import base_licence, git_commit
 from workers.training import FitResult, TrainJob
+from workers.training_report import Outcome
+
+UNKNOWN_LICENCE = "that of the base model"
 
 
 def open_registry(store_url: str | None, settings: Settings | None = None) -> Registry:
@@ -47,19 +50,43 @@ def publish_fit(
         reward=config.reward,
         reward_version=reward.version,
         reward_sha256=getattr(reward, "sha256", None),
-        kl_weight=config.kl_weight,
+        kl_weight=result.kl_weight,
+        kl_target=config.kl_target,
         seed=config.seed,
-        metrics={
-            "base_reward": _measured(result.metrics[0]),
-            "tuned_reward": _measured([m for m in result.metrics if "held_out_mean" in m][-1]),
-            "base_std": Metric(value=result.base_std),
-            "path_kl": Metric(value=result.path_kl),
-        },
+        licence=base_licence(config.base_model) or UNKNOWN_LICENCE,
+        git_commit=git_commit(),
+        metrics=measured(config, result),
         run_ids=dict(run_ids or {}),
     )
     return open_registry(store_url).publish_adapter(config.name, result.adapter_dir, facts)
 
 
-def _measured(metrics: Metrics) -> Metric:
-    mean, margin = metrics["held_out_mean"], metrics["held_out_ci"]
-    return Metric(value=mean, low=mean - margin, high=mean + margin)
+def manifest_url(record: AdapterRecord, store_url: str | None = None) -> str:
+    """Where the record lies in the store."""
+    store = store_url or read_settings().store_url
+    return f"{store.rstrip('/')}/adapters/{record.name}/versions/{record.version:06d}.json"
+
+
+def measured(config: TrainConfig, result: FitResult) -> dict[str, Metric]:
+    """The manifest's metrics: held-out figures of the base and of the published adapter."""
+    outcome = Outcome.of(config, result.metrics)
+    images = config.held_out_images
+    metrics = {
+        "base_reward": _interval(outcome.base["held_out_mean"], outcome.base["held_out_ci"], images),
+        "tuned_reward": _interval(outcome.tuned["held_out_mean"], outcome.tuned["held_out_ci"], images),
+        "base_std": Metric(value=result.base_std, n=images),
+        "path_kl": Metric(value=result.path_kl, n=images),
+        "alpha": Metric(value=outcome.alpha),
+        "iterations": Metric(value=outcome.tuned["iteration"]),
+    }
+    if outcome.diversity is not None:
+        for name, value in zip(("base_diversity", "tuned_diversity"), outcome.diversity, strict=True):
+            metrics[name] = Metric(value=value, n=images)
+    for name, (before, after) in outcome.watched.items():
+        metrics[f"base_{name}"] = _interval(before["mean"], before["ci"], images)
+        metrics[f"tuned_{name}"] = _interval(after["mean"], after["ci"], images)
+    return metrics
+
+
+def _interval(mean: float, margin: float, count: int) -> Metric:
+    return Metric(value=mean, low=mean - margin, high=mean + margin, n=count)

@@ -2,18 +2,14 @@
 
 import hashlib
 import json
-import shutil
-import threading
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from tqdm.auto import tqdm
 
-from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state
+from blend.finetune.checkpoint import CheckpointFolder, read_state
 from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import ConfigError
 from blend.finetune.loop import run_training
@@ -23,7 +19,8 @@ from blend.finetune.workgroup import Workgroup
 from blend.model import load_model, model_hash
 from blend.rewards import MovableReward, Reward, RewardError, load_reward
 from workers.bundles import resolve_base
-from workers.training_report import draw_curve, draw_sheet, write_card
+from workers.training_log import ProgressLog
+from workers.training_result import FitResult, write_result
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,22 +93,6 @@ def _require_rewards(config: TrainConfig) -> None:
         )
 
 
-class FitResult(BaseModel):
-    """A trained adapter and how it got there; paths are on the driver's disk."""
-
-    model_config = ConfigDict(frozen=True)
-
-    adapter_dir: Path  # weights, model card, metrics, curve and sample sheet: what is published
-    metrics: list[dict[str, Any]]  # one per iteration, number 0 being the base
-    base_mean: float  # held-out reward of the base
-    tuned_mean: float
-    base_std: float
-    path_kl: float  # of the held-out images, in nats
-    curve_png: Path
-    samples_png: Path
-    metrics_jsonl: Path
-
-
 def fit_basis(
     config: TrainConfig,
     *,
@@ -163,69 +144,3 @@ def fit_in_process(
     newest = folder.latest()
     assert newest is not None
     return newest
-
-
-class ProgressLog:
-    """Shows each iteration as it arrives: a line of JSON, the terminal bar, and the caller's callback."""
-
-    def __init__(
-        self, config: TrainConfig, path: Path, on_progress: Callable[[Metrics], None] | None, show_bar: bool
-    ) -> None:
-        self._path = path
-        self._on_progress = on_progress
-        self._held_out = ""
-        self._bar = tqdm(total=config.iterations, desc=f"train {config.name}", unit="it", disable=not show_bar)
-        self._bar.set_postfix_str("scoring the base on held-out prompts")
-
-    def __enter__(self) -> "ProgressLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __call__(self, metrics: Metrics) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if "held_out_mean" in metrics:
-            self._held_out = f" held-out {metrics['held_out_mean']:.3f}±{metrics['held_out_ci']:.3f}"
-        rolled = ""
-        if "reward_mean" in metrics:
-            rolled = (
-                f"reward {metrics['reward_mean']:.3f}±{metrics['reward_ci']:.3f} "
-                f"KL {metrics['path_kl']:.1f} {metrics['images_per_second']:.1f} images/s"
-            )
-        self._bar.set_postfix_str(rolled + self._held_out)
-        self._bar.update(metrics["iteration"] - self._bar.n)
-        if self._on_progress is not None:
-            self._on_progress(metrics)
-
-
-def write_result(job: TrainJob, checkpoint: Path, output_dir: Path) -> FitResult:
-    """Turn the last checkpoint into the adapter's directory, written beside and renamed."""
-    state = read_state(checkpoint)
-    history: list[Metrics] = state["history"]
-    final = output_dir / "adapter"
-    partial = output_dir / f".adapter-{threading.get_ident()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shutil.copy2(checkpoint / ADAPTER_FILE, partial / ADAPTER_FILE)
-    lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
-    (partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    (output_dir / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    draw_curve(job.config, history, partial / "curve.png")
-    draw_sheet(state["sheets"]["base"], state["sheets"]["tuned"], partial / "samples.png")
-    write_card(job.config, job.prompts, job.held_out_prompts, history, partial / "README.md")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    tuned = [metrics for metrics in history if "held_out_mean" in metrics][-1]
-    return FitResult(
-        adapter_dir=final,
-        metrics=history,
-        base_mean=history[0]["held_out_mean"],
-        base_std=history[0]["held_out_std"],
-        tuned_mean=tuned["held_out_mean"],
-        path_kl=tuned["held_out_path_kl"],
-        curve_png=final / "curve.png",
-        samples_png=final / "samples.png",
-        metrics_jsonl=final / "metrics.jsonl",
-    )

@@ -1,109 +1,149 @@
-"""What a person reads after a training run: the reward/KL curve, the sample sheet and the model card."""
+"""What a person reads after a training run: its outcome in words and tables, the model card, the flow's report."""
 
 import base64
+import io
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
 from blend.finetune.config import TrainConfig
 from blend.finetune.trainer import Metrics
+from workers.provenance import base_licence, git_commit, package_version
 
-MARGIN = 4
-SHEET_CELL = 128
+# a Prefect artifact is a row of a database: larger pictures go into it as JPEG
+LARGEST_PNG = 300_000
 
 
-def draw_curve(config: TrainConfig, history: Sequence[Metrics], path: Path) -> None:
-    """Reward of rollouts and of the held-out set above, path KL below, per iteration."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    reward, kl = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    rolled = [m for m in history if "reward_mean" in m]
-    held = [m for m in history if "held_out_mean" in m]
-    steps = [m["iteration"] for m in rolled]
-    means = [m["reward_mean"] for m in rolled]
-    margins = [m["reward_ci"] for m in rolled]
-    reward.plot(steps, means, color="tab:blue", label="rollouts")
-    low = [mean - margin for mean, margin in zip(means, margins, strict=True)]
-    high = [mean + margin for mean, margin in zip(means, margins, strict=True)]
-    reward.fill_between(steps, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-    reward.errorbar(
-        [m["iteration"] for m in held],
-        [m["held_out_mean"] for m in held],
-        yerr=[m["held_out_ci"] for m in held],
-        color="tab:orange",
-        marker="o",
-        capsize=3,
-        label="held out (95 % interval)",
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The base's evaluation and that of the adapter which is published, and the alpha in force when it was made."""
+
+    base: Metrics
+    tuned: Metrics
+    alpha: float
+    stopped: str | None  # why the run ended early
+
+    @classmethod
+    def of(cls, config: TrainConfig, history: Sequence[Metrics]) -> "Outcome":
+        tuned = published(history)
+        return cls(history[0], tuned, tuned.get("kl_weight", config.kl_weight), history[-1].get("stopped"))
+
+    @property
+    def gain(self) -> float:
+        """Of the held-out reward, in standard deviations of the base."""
+        rise = self.tuned["held_out_mean"] - self.base["held_out_mean"]
+        return float(rise / max(self.base["held_out_std"], 1e-9))
+
+    @property
+    def diversity(self) -> tuple[float, float] | None:
+        """Of base and tuned, where it was measured."""
+        pair = self.base.get("held_out_diversity"), self.tuned.get("held_out_diversity")
+        return None if pair[0] is None or pair[1] is None else pair
+
+    @property
+    def watched(self) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+        """Figures {mean, std, ci} of base and tuned for each reward that was watched and not trained."""
+        after = self.tuned.get("watched") or {}
+        return {name: (figures, after[name]) for name, figures in (self.base.get("watched") or {}).items()}
+
+
+def published(history: Sequence[Metrics]) -> Metrics:
+    """The evaluation of the adapter that is published: the last one, or that of kept_iteration."""
+    evaluations = [metrics for metrics in history if "held_out_mean" in metrics]
+    kept = history[-1].get("kept_iteration")
+    return evaluations[-1] if kept is None else next(m for m in evaluations if m["iteration"] == kept)
+
+
+def outcome_sentence(config: TrainConfig, history: Sequence[Metrics]) -> str:
+    """Reward before and after, at which KL and alpha, and why the run ended if that was early."""
+    outcome = Outcome.of(config, history)
+    base, tuned = outcome.base, outcome.tuned
+    controlled = "" if config.kl_target is None else f" (kl_target {config.kl_target:g}, alpha {outcome.alpha:.3g})"
+    sentence = (
+        f"{config.reward} on held-out prompts: {base['held_out_mean']:.3f} -> {tuned['held_out_mean']:.3f} "
+        f"± {tuned['held_out_ci']:.3f} ({outcome.gain:+.2f} base standard deviations) at a path KL of "
+        f"{tuned['held_out_path_kl']:.1f} nats{controlled}"
     )
-    reward.set_ylabel(config.reward)
-    reward.set_title(f"{config.name}: {config.objective}, kl_weight {config.kl_weight:g}")
-    reward.legend(loc="upper left")
-    kl.plot(steps, [m["path_kl"] for m in rolled], color="tab:blue", label="rollouts")
-    kl.plot(
-        [m["iteration"] for m in held],
-        [m["held_out_path_kl"] for m in held],
-        "o",
-        color="tab:orange",
-        label="held out",
-    )
-    kl.set_ylabel("path KL to the base (nats)")
-    kl.set_xlabel("iteration")
-    for axis in (reward, kl):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    if outcome.stopped:
+        sentence += f"; stopped early: {outcome.stopped}, the adapter of iteration {tuned['iteration']} is kept"
+    return sentence
 
 
-def draw_sheet(base: Tensor, tuned: Tensor, path: Path) -> None:
-    """Two rows of the same prompts and seeds, base above and tuned below; uint8 [N, 3, H, W]."""
-    count, _, height, width = base.shape
-    scale = max(1, SHEET_CELL // width)
-    cell_width, cell_height = width * scale + MARGIN, height * scale + MARGIN
-    sheet = Image.new("RGB", (count * cell_width + MARGIN, 2 * cell_height + MARGIN), "white")
-    for row, images in enumerate((base, tuned)):
-        for column, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
-            picture = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(picture, (MARGIN + column * cell_width, MARGIN + row * cell_height))
-    sheet.save(path)
+def outcome_table(config: TrainConfig, history: Sequence[Metrics]) -> str:
+    """Base against tuned in markdown: the trained reward, path KL, diversity, watched rewards."""
+    outcome = Outcome.of(config, history)
+    base, tuned = outcome.base, outcome.tuned
+    rows = [
+        ("held out", "base", "tuned", "change in base standard deviations"),
+        ("---",) * 4,
+        (
+            f"{config.reward} (trained)",
+            f"{base['held_out_mean']:.4f} ± {base['held_out_ci']:.4f}",
+            f"{tuned['held_out_mean']:.4f} ± {tuned['held_out_ci']:.4f}",
+            f"{outcome.gain:+.2f}",
+        ),
+    ]
+    for name, (before, after) in outcome.watched.items():
+        change = (after["mean"] - before["mean"]) / max(before["std"], 1e-9)
+        rows.append(
+            (
+                f"{name} (watched)",
+                f"{before['mean']:.4f} ± {before['ci']:.4f}",
+                f"{after['mean']:.4f} ± {after['ci']:.4f}",
+                f"{change:+.2f}",
+            )
+        )
+    rows.append(("path KL (nats)", "0", f"{tuned['held_out_path_kl']:.2f}", ""))
+    if outcome.diversity is not None:
+        rows.append(("diversity within a prompt", *(f"{value:.4f}" for value in outcome.diversity), ""))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def markdown_report(config: TrainConfig, history: Sequence[Metrics], reference: str, curve: Path, samples: Path) -> str:
-    """Gain, curve and sample sheet of a run as one self-contained markdown text."""
-    base, tuned = history[0], [m for m in history if "held_out_mean" in m][-1]
-    gain = (tuned["held_out_mean"] - base["held_out_mean"]) / max(base["held_out_std"], 1e-9)
-    pictures = {name: base64.b64encode(path.read_bytes()).decode() for name, path in (("c", curve), ("s", samples))}
+    """Outcome, curve and sample sheet of a run as one self-contained markdown text."""
     return (
-        f"# {reference}\n\n{config.reward} on held-out prompts: {base['held_out_mean']:.3f} -> "
-        f"{tuned['held_out_mean']:.3f} ± {tuned['held_out_ci']:.3f}, {gain:+.2f} standard deviations of the base, "
-        f"at a path KL of {tuned['held_out_path_kl']:.1f} nats.\n\n"
-        f"![reward and KL](data:image/png;base64,{pictures['c']})\n\n"
-        f"Base above, tuned below:\n\n![samples](data:image/png;base64,{pictures['s']})\n"
+        f"# {reference}\n\n{outcome_sentence(config, history)}.\n\n{outcome_table(config, history)}\n\n"
+        f"![reward and KL]({_embedded(curve)})\n\n"
+        f"One row per held-out evaluation, the same prompts and seeds in each:\n\n![samples]({_embedded(samples)})\n"
     )
 
 
+def _embedded(path: Path) -> str:
+    data, kind = path.read_bytes(), "png"
+    if len(data) > LARGEST_PNG:
+        smaller = io.BytesIO()
+        with Image.open(path) as picture:
+            picture.convert("RGB").save(smaller, "JPEG", quality=80)
+        data, kind = smaller.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 CARD = """---
-{licence}library_name: diffusers
+{front}library_name: diffusers
 base_model: {base_model}
 tags: [lora, reinforcement-learning, diffusion-blend]
 ---
 # {name}
 
 A rank {rank} LoRA of `{base_model}`, fine-tuned toward the reward `{reward}` by policy
-gradient ({objective}) with a KL to the base. Its licence is that of the base model.
+gradient ({objective}) with a KL to the base. Licence: {licence}.
 
-| held out: {held_out_count} prompts, {held_out_images} images | reward | path KL (nats) |
-|---|---|---|
-| base | {base[held_out_mean]:.4f} ± {base[held_out_ci]:.4f} | 0 |
-| tuned | {tuned[held_out_mean]:.4f} ± {tuned[held_out_ci]:.4f} | {tuned[held_out_path_kl]:.2f} |
+{table}
 
-The gain is {gain:+.2f} standard deviations of the base's reward ({base[held_out_std]:.4f}); intervals 95 %.
-`kl_weight` is alpha in: reward / that standard deviation - alpha x path KL in nats.
+{held_out_count} held-out prompts, {held_out_images} images of fixed seeds, guidance {eval_guidance_scale:g};
+intervals 95 %. One standard deviation of the base's reward is {base_std:.4f}.
+
+| training | |
+|---|---|
+{facts}
+
+`kl_weight` is alpha in: reward / the base's standard deviation - alpha x path KL in nats.
 
 ![reward and KL](curve.png)
 
-Base above, tuned below, same prompts and seeds:
+One row per held-out evaluation, the same prompts and seeds in each:
 
 ![samples](samples.png)
 
@@ -111,7 +151,7 @@ Base above, tuned below, same prompts and seeds:
 pipeline.load_lora_weights("this directory")  # a diffusers pipeline of the base model
 ```
 
-## Settings (diffusion-blend {version})
+## Settings
 
 | key | value |
 |---|---|
@@ -131,17 +171,37 @@ def write_card(
     path: Path,
 ) -> None:
     """The model card beside the weights, in the layout the Hub reads."""
-    base, tuned = history[0], [m for m in history if "held_out_mean" in m][-1]
     settings = config.model_dump(mode="json", exclude={"prompts", "held_out_prompts"})
+    licence = base_licence(config.base_model)
+    used = ("name", "base_model", "rank", "reward", "objective", "held_out_images", "eval_guidance_scale")
     card = CARD.format(
-        **{key: settings[key] for key in ("name", "base_model", "rank", "reward", "objective", "held_out_images")},
-        licence="license: apache-2.0\n" if config.base_model == "sprites" else "",
+        **{key: settings[key] for key in used},
+        front=f"license: {licence.lower()}\n" if licence else "",
+        licence=f"{licence}, that of the base model" if licence else "that of the base model, see there",
+        table=outcome_table(config, history),
         held_out_count=len(held_out_prompts),
-        base=base,
-        tuned=tuned,
-        gain=(tuned["held_out_mean"] - base["held_out_mean"]) / max(base["held_out_std"], 1e-9),
-        version=version("diffusion-blend"),
+        base_std=history[0]["held_out_std"],
+        facts="\n".join(f"| {key} | {value} |" for key, value in training_facts(config, history, len(prompts)).items()),
         settings="\n".join(f"| `{key}` | {value} |" for key, value in settings.items()),
         listed="\n".join(f"- {prompt}" for prompt in prompts),
     )
     path.write_text(card, encoding="utf-8")
+
+
+def training_facts(config: TrainConfig, history: Sequence[Metrics], prompts: int) -> dict[str, str]:
+    """What decided the adapter, for a reader: how long, from how many images, under which alpha, by which code."""
+    outcome = Outcome.of(config, history)
+    made = outcome.tuned["iteration"]
+    alpha = f"{outcome.alpha:.4g}"
+    if config.kl_target is not None:
+        alpha += f", raised from {config.kl_weight:g} to hold kl_target = {config.kl_target:g} nats"
+    facts = {
+        "iterations": f"{made} of {config.iterations}",
+        "images": f"{made * config.batch_size:,} from {prompts} prompts, {config.images_per_prompt} of each at a time",
+        "kl_weight (alpha) at the end": alpha,
+        "seed": str(config.seed),
+        "code": ", commit ".join(filter(None, (f"diffusion-blend {package_version()}", git_commit()))),
+    }
+    if outcome.stopped:
+        facts["stopped early"] = outcome.stopped
+    return facts
