@@ -16,8 +16,10 @@ from infra.manifests import AdapterRecord
 from infra.registry import Registry
 from infra.storage import open_store
 from workers.cluster import ray_session
-from workers.publishing import publish_fit
+from workers.publishing import UNKNOWN_LICENCE, manifest_url, publish_fit
 from workers.training import TrainJob, fit_basis, fit_in_process
+from workers.training_log import TENSORBOARD, read_metrics
+from workers.training_sheet import LABEL_WIDTH
 
 SETTINGS = {
     "name": "colour",
@@ -70,12 +72,14 @@ def test_result_directory_is_complete(fitted):
     assert result.base_mean == lines[0]["held_out_mean"]
     assert result.tuned_mean == lines[-1]["held_out_mean"]
     assert result.path_kl > 0
+    assert len(lines) == len((result.adapter_dir.parent / "metrics.jsonl").read_text().splitlines())
+    assert [path.name for path in (result.adapter_dir.parent / TENSORBOARD).glob("*tfevents*.sheets")]
     card = (result.adapter_dir / "README.md").read_text()
     for fact in (config.reward, "A red colored car.", "kl_weight", f"{result.tuned_mean:.4f}"):
         assert fact in card
     with Image.open(result.samples_png) as sheet:
-        # four held-out images of 32 pixels, enlarged four times, in two rows
-        assert sheet.size == (4 * 132 + 4, 2 * 132 + 4)
+        # images of 32 pixels, enlarged four times, in a row for the base and one for the only evaluation after it
+        assert (sheet.height, (sheet.width - LABEL_WIDTH) % 132) == (2 * 132 + 4, 0)
     with Image.open(result.curve_png) as curve:
         assert curve.width > 500
 
@@ -83,9 +87,11 @@ def test_result_directory_is_complete(fitted):
 def test_same_call_again_trains_nothing_and_gives_the_same(fitted):
     config, directory, result, _ = fitted
     seen = []
+    before = {path: path.stat().st_mtime_ns for path in result.adapter_dir.iterdir()}
     again = fit_basis(config, output_dir=directory, on_progress=seen.append)
     assert seen == []
     assert again == result
+    assert {path: path.stat().st_mtime_ns for path in result.adapter_dir.iterdir()} == before
 
 
 def test_interrupted_fit_resumes_to_the_same_adapter(fitted, settings, tmp_path):
@@ -94,7 +100,12 @@ def test_interrupted_fit_resumes_to_the_same_adapter(fitted, settings, tmp_path)
     with pytest.raises(StoppedError):
         fit_in_process(job, tmp_path / "checkpoints", announced.append, should_stop=lambda: len(announced) > 1)
     assert CheckpointFolder(tmp_path / "checkpoints").latest().name == "iteration_000001"
-    resumed = fit_basis(job.config, output_dir=tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in announced))
+    live = []
+    resumed = fit_basis(
+        job.config, output_dir=tmp_path, on_progress=lambda _: live.append(read_metrics(tmp_path / "metrics.jsonl"))
+    )
+    assert [line["iteration"] for line in live[-1]] == [0, 1, 2]
     assert largest_difference(resumed.adapter_dir, fitted[2].adapter_dir) == 0
     assert [line["iteration"] for line in resumed.metrics] == [0, 1, 2]
 
@@ -135,6 +146,12 @@ def test_publishing_twice_gives_one_version(fitted, tmp_path):
     assert isinstance(first, AdapterRecord)
     assert (first.ref, second.ref) == ("colour@1", "colour@1")
     assert first.metrics["tuned_reward"].value == pytest.approx(result.tuned_mean)
+    assert first.metrics["tuned_reward"].n == config.held_out_images
+    assert first.metrics["path_kl"].value == pytest.approx(result.path_kl)
+    assert first.metrics["alpha"].value == first.kl_weight == result.kl_weight
+    assert first.licence == UNKNOWN_LICENCE
+    assert manifest_url(first, url) == f"{url}/adapters/colour/versions/000001.json"
+    assert json.loads((tmp_path / "adapters/colour/versions/000001.json").read_text())["digest"] == first.digest
     assert {file.path for file in first.files} >= {ADAPTER_FILE, "README.md", "curve.png", "metrics.jsonl"}
     fetched = Registry(open_store(url)).fetch(first, tmp_path / "fetched")
     assert largest_difference(fetched, result.adapter_dir) == 0
