@@ -1,7 +1,10 @@
 """The verb `train` as a user types it, in a process of its own."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +39,44 @@ def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path):
     done = command(str(run), "--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / 'store'}")
     assert done.returncode == 0, done.stderr
     assert "Published colour@1" in done.stdout
-    assert "train colour" in done.stderr
-    assert "2/2" in done.stderr
+    assert [line.split(":")[0] for line in done.stderr.splitlines() if line.startswith("train colour")] == [
+        f"train colour {i}/2" for i in range(3)
+    ]
+    assert "base standard deviations) at a path KL of" in done.stdout
     assert (tmp_path / "out" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, how):
+    run, out = tmp_path / "run.toml", tmp_path / "out"
+    run.write_text(RUN.format(base=tiny_sd_dir, iterations=100_000))
+    places = ["--output", str(out), "--checkpoints", str(tmp_path / "kept"), "--no-publish"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "train", str(run), *places],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell may start tests in the background, where SIGINT is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 4:
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.1)
+    os.kill(started.pid, how)
+    stdout, stderr = started.communicate(timeout=60)
+    assert (started.returncode, stdout) == (130, "")
+    last = stderr.strip().splitlines()[-1]
+    assert last == "Interrupted: run the same command again to resume from the last checkpoint."
+    assert "Traceback" not in stderr
+    reached = max(int(path.name.split("_")[1]) for path in (tmp_path / "kept").glob("iteration_*"))
+    run.write_text(RUN.format(base=tiny_sd_dir, iterations=reached + 2))
+    done = command(str(run), *places)
+    assert done.returncode == 0, done.stderr
+    assert f"train colour {reached + 1}/{reached + 2}" in done.stderr
+    assert f"train colour {reached}/" not in done.stderr
+    written = [line.split(",")[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert written == [f'{{"iteration": {i}' for i in range(reached + 3)]
 
 
 @pytest.mark.slow

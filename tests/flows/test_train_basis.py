@@ -37,8 +37,8 @@ def prefect():
         yield
 
 
-def artifacts(kind: str):
-    key = artifact_key("colour_1", kind)
+def artifacts(kind: str, name: str = "colour_1"):
+    key = artifact_key(name, kind)
     with get_client(sync_client=True) as client:
         return client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
 
@@ -57,10 +57,33 @@ def test_flow_publishes_once_and_leaves_artifacts(tiny_sd_dir: Path, tmp_path: P
     [report] = artifacts("report")
     assert "data:image/png;base64," in str(report.data)
     assert "colour_1@1" in str(report.data)
+    [link] = artifacts("adapter")
+    assert f"{url}/adapters/colour_1/versions/000001.json" in str(link.data)
+    assert (tmp_path / "store/adapters/colour_1/versions/000001.json").is_file()
 
     again = train_basis(run, store_url=url)
     assert (again["version"], again["digest"]) == (1, record.digest)
     assert len(Registry(open_store(url)).versions("colour_1", "adapter")) == 1
+
+
+@pytest.mark.slow
+def test_an_interrupted_flow_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
+    run = {**RUN, "name": "colour_2", "base_model": str(tiny_sd_dir)}
+    places = {"store_url": f"file://{tmp_path / 'store'}", "checkpoints": str(tmp_path / "checkpoints")}
+
+    def interrupt(_artifact: object, progress: float) -> None:
+        if progress == 100:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.train_basis.update_progress_artifact", interrupt)
+        with pytest.raises(BaseException) as stopped:  # noqa: PT011 - Prefect may wrap it
+            train_basis(run, **places)
+    assert not isinstance(stopped.value, AssertionError)
+    assert "colour_2 was interrupted: run the flow again with the same parameters to resume" in caplog.text
+    assert list((tmp_path / "checkpoints").iterdir())
+    assert train_basis(run, **places)["version"] == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Manifests across versions of this software: what it adds does not keep it from older records, nor older it from them."""
+"""Manifests across versions of this software: the new reads old records, the old reads what uses nothing new."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_an_older_manifest_is_the_same_content_today(path):
 def test_kl_target_is_written_where_there_is_one(facts: AdapterFacts, registry: Registry, adapter_dir):
     fixed = registry.publish_adapter("colour", adapter_dir(), facts)
     held = registry.publish_adapter("colour", adapter_dir(), facts.model_copy(update={"kl_target": 60.0}))
-    raw = [json.loads((registry.store.read(f"adapters/colour/versions/{v:06d}.json"))) for v in (1, 2)]
+    raw = [json.loads(registry.store.read(f"adapters/colour/versions/{v:06d}.json")) for v in (1, 2)]
     assert ["kl_target" in manifest for manifest in raw] == [False, True]
     assert (fixed.kl_target, held.kl_target, held.version) == (None, 60.0, 2)
     assert registry.get_adapter("colour@2") == held
