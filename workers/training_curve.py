@@ -41,6 +41,7 @@ def curve_of(config: TrainConfig, history: Sequence[Metrics]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False, fontsize="small")
     column[-1].set_xlabel("iteration")
+    column[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

@@ -132,7 +132,7 @@ gradient ({objective}) with a KL to the base. Licence: {licence}.
 
 {table}
 
-{held_out_count} held-out prompts, {held_out_images} images of fixed seeds, guidance {eval_guidance_scale:g};
+{held_out_images} images of fixed seeds, from {held_out_count} held-out prompts, guidance {eval_guidance_scale:g};
 intervals 95 %. One standard deviation of the base's reward is {base_std:.4f}.
 
 | training | |

@@ -179,7 +179,7 @@ def test_the_card_states_what_was_done(tmp_path):
     assert rows["stopped early"] == ["path KL 51.0 nats, above guard.kl 50"]
     assert package_version() in rows["code"][0]
     assert "license: apache-2.0" in card
-    assert "1 held-out prompts, 64 images" in card
+    assert "64 images of fixed seeds, from 1 held-out prompts" in card
     for prompt in CONFIG.prompts:
         assert f"- {prompt}\n" in card
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", card)) == {"curve.png", "samples.png"}
