@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from blend.finetune.errors import ResumeError
+from blend.finetune.metadata import adapter_metadata
 from blend.finetune.trainer import Trainer
 
 STATE_FILE = "state.pt"
@@ -19,11 +20,7 @@ def write_checkpoint(trainer: Trainer, directory: Path) -> Path:
     """Write adapter and state into an empty or new directory."""
     directory.mkdir(parents=True, exist_ok=True)
     config = trainer.config
-    trainer.bank.save(
-        config.name,
-        directory,
-        metadata={"reward": config.reward, "kl_weight": repr(config.kl_weight), "seed": str(config.seed)},
-    )
+    trainer.bank.save(config.name, directory, adapter_metadata(config, trainer.history))
     torch.save(trainer.state_dict(), directory / STATE_FILE)
     return directory
 

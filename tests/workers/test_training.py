@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state
@@ -77,6 +78,11 @@ def test_result_directory_is_complete(fitted):
     card = (result.adapter_dir / "README.md").read_text()
     for fact in (config.reward, "A red colored car.", "kl_weight", f"{result.tuned_mean:.4f}"):
         assert fact in card
+    with safe_open(result.adapter_dir / ADAPTER_FILE, "pt") as file:
+        facts = file.metadata()
+    assert (facts["reward"], facts["objective"], facts["seed"]) == (config.reward, config.objective, "0")
+    assert (facts["iteration"], float(facts["path_kl"])) == ("2", result.path_kl)
+    assert float(facts["kl_weight"]) == result.kl_weight
     with Image.open(result.samples_png) as sheet:
         # images of 32 pixels, enlarged four times, in a row for the base and one for the only evaluation after it
         assert (sheet.height, (sheet.width - LABEL_WIDTH) % 132) == (2 * 132 + 4, 0)
