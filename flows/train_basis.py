@@ -1,5 +1,6 @@
 """Flow: fine-tune one basis adapter for one reward and publish it. A retry resumes, and never publishes twice."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def fit(config: TrainConfig, output_dir: str | None, checkpoints: str | None) ->
 
     directory = Path(output_dir) if output_dir else run_directory(config)
     try:
-        result = fit_basis(config, output_dir=directory, storage_path=checkpoints, on_progress=show, show_bar=False)
+        # where the log says less than INFO, the terminal is told
+        quiet = not logger.isEnabledFor(logging.INFO)
+        result = fit_basis(config, output_dir=directory, storage_path=checkpoints, on_progress=show, show_bar=quiet)
     except BaseException as error:
         if not isinstance(error, Exception):
             logger.warning("%s was interrupted: run the flow again with the same parameters to resume", config.name)

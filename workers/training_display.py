@@ -2,6 +2,7 @@
 
 import math
 import sys
+import threading
 import time
 from datetime import timedelta
 from typing import Protocol
@@ -30,11 +31,16 @@ class Display(Protocol):
 
 
 def open_display(config: TrainConfig, wanted: bool = True) -> Display:
-    """The panel on a terminal, lines elsewhere, nothing when not wanted."""
+    """The panel on a terminal, lines elsewhere, nothing when not wanted.
+
+    Runs in threads get lines too: several at once, as in the demo, would draw their panels over one another.
+    """
     if not wanted:
         return Silence()
     console = Console(stderr=True)
-    return LivePanel(config, console) if console.is_terminal and not console.is_dumb_terminal else PlainLines(config)
+    alone = threading.current_thread() is threading.main_thread()
+    drawable = alone and console.is_terminal and not console.is_dumb_terminal
+    return LivePanel(config, console) if drawable else PlainLines(config)
 
 
 class Silence:

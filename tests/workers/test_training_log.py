@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,8 @@ def test_a_terminal_gets_a_panel(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert isinstance(open_display(CONFIG), LivePanel)
+    with ThreadPoolExecutor() as threads:
+        assert isinstance(threads.submit(open_display, CONFIG).result(), PlainLines)
 
 
 def test_the_panel_holds_rollouts_the_newest_evaluation_and_the_reason_for_stopping(monkeypatch):
