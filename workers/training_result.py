@@ -14,7 +14,7 @@ from workers.tensorboard import write_sheets
 from workers.training_curve import draw_curve
 from workers.training_log import TENSORBOARD, write_metrics
 from workers.training_report import Outcome, write_card
-from workers.training_sheet import draw_sheet, row_pixels
+from workers.training_sheet import draw_sheet, row_pixels, sheet_prompts
 
 if TYPE_CHECKING:
     from workers.training import TrainJob
@@ -57,7 +57,13 @@ def write_result(job: "TrainJob", checkpoint: Path, output_dir: Path) -> FitResu
         write_metrics(history, partial / "metrics.jsonl")
         draw_curve(job.config, history, partial / "curve.png")
         sheets = numbered(state["sheets"], history)
-        draw_sheet(sheets, history, partial / "samples.png", history[-1].get("kept_iteration"))
+        draw_sheet(
+            sheets,
+            history,
+            partial / "samples.png",
+            kept=history[-1].get("kept_iteration"),
+            prompts=sheet_prompts(job.config, job.held_out_prompts),
+        )
         write_card(job.config, job.prompts, job.held_out_prompts, history, partial / "README.md")
         rows = {at: row_pixels(images).permute(2, 0, 1) for at, images in sheets.items()}
         write_sheets(output_dir / TENSORBOARD, rows)

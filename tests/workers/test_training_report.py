@@ -14,7 +14,17 @@ from blend.finetune.config import TrainConfig
 from workers.provenance import base_licence, git_commit, package_version
 from workers.training_curve import curve_of, draw_curve
 from workers.training_report import Outcome, markdown_report, outcome_sentence, write_card
-from workers.training_sheet import CELL, LABEL_WIDTH, MARGIN, choose_rows, draw_sheet, row_label, row_pixels, sheet_of
+from workers.training_sheet import (
+    CELL,
+    LABEL_WIDTH,
+    MARGIN,
+    choose_rows,
+    draw_sheet,
+    row_label,
+    row_pixels,
+    sheet_of,
+    sheet_prompts,
+)
 
 CONFIG = TrainConfig.parse(
     {
@@ -112,6 +122,25 @@ def test_the_sheet_has_one_labelled_row_per_evaluation(tmp_path):
             assert sheet.getpixel(at) == (10 + iteration,) * 3
         label = sheet.crop((0, middle - CELL // 2, LABEL_WIDTH, middle + CELL // 2)).convert("L")
         assert label.getextrema()[0] < 100, "no text beside the row"
+
+
+def test_prompts_stand_above_their_columns():
+    config = CONFIG.model_copy(update={"held_out_images_per_prompt": 1})
+    held_out = ("A green colored car.", "A blue cup and a green cell phone.", "A red colored bird.")
+    prompts = sheet_prompts(config, held_out)
+    assert prompts[:4] == [*held_out, held_out[0]]
+    sheets = flat_sheets((0, 9))
+    bare = sheet_of(sheets, make_history())
+    sheet = sheet_of(sheets, make_history(), prompts=prompts)
+    above = sheet.height - bare.height
+    assert sheet.width == bare.width
+    rows = sheet.crop((0, above + MARGIN, *sheet.size)), bare.crop((0, MARGIN, *bare.size))
+    assert rows[0].tobytes() == rows[1].tobytes()
+    for column in range(3):
+        left = LABEL_WIDTH + column * (CELL + MARGIN)
+        assert sheet.crop((left, 0, left + CELL, above)).convert("L").getextrema()[0] < 100
+        # and none reaches into its neighbour
+        assert sheet.crop((left + CELL, 0, left + CELL + MARGIN, above)).convert("L").getextrema()[0] > 200
 
 
 def test_row_labels_say_which_adapter_and_how_good():
