@@ -8,8 +8,8 @@ layers were no faster where it matters and cost 30 % more memory at K = 3 (tests
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class AdapterBank:
             wrap(unet, layer, self._call)
         self._modules = dict(unet.named_modules())
         self._early = EarlyLayers(unet, (), self._call)
+        self._recomputing = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -184,14 +185,15 @@ class AdapterBank:
         Gradients reach the trainable adapters. With `text`, row r takes the keys and values of its text row
         text_rows[r] [R] from there; AdapterError while an adapter is in training, which would leave them behind.
         kin [R]: rows with equal numbers have equal samples, timesteps and added conditioning. On a CPU their first
-        layers run once, unless an adapter is in training; it moves predictions by rounding.
+        layers run once, unless gradients are taken; it moves predictions by rounding.
         """
         self.check_mix(mix, sample.shape[0])
         if text is not None and self.trainable:
             raise AdapterError("keys and values kept for the text do not follow training: leave out `text`")
         lines = None if text is None or text_rows is None else text.mixed(text_rows, mix)
         # on a GPU it is not measured: eager tiles wait for launches there, and hooks add some
-        shared = kin is not None and sample.device.type == "cpu" and not self.trainable
+        learning = self.trainable and torch.is_grad_enabled()
+        shared = kin is not None and sample.device.type == "cpu" and not learning
         with self._early.shared(kin.tolist(), mix.tolist()) if shared else nullcontext():  # type: ignore[union-attr]
             return self.predict(
                 sample,
@@ -232,8 +234,19 @@ class AdapterBank:
                 return_dict=False,
             )[0]
         finally:
-            self._call.clear()
+            if not self._recomputing:
+                self._call.clear()
         return prediction
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Inside, a backward pass may run layers again (gradient checkpointing): the latest forward's rows stay."""
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
+            self._call.clear()
 
     def _check_new(self, name: str) -> None:
         if name in self._adapters:

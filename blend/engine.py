@@ -29,7 +29,7 @@ from blend.mixing import blend_predictions
 from blend.model import DiffusionModel
 from blend.plans import StepRows
 from blend.previews import Previewer
-from blend.running import DenoisingError, Output, Running, Trajectory, start
+from blend.running import DenoisingError, Output, Reference, Running, Trajectory, start
 from blend.sample import Sample, SampleError
 from blend.text_kv import TextCache
 from blend.tiles import TileOptions, Tiles
@@ -199,12 +199,13 @@ class BlendEngine:
             return
         at = stand([(r.course, r.step, r.origin) for r in batch.members], latents)
         taken = take_step(self.model, rows.predict(preds), latents, at, eta=batch.eta, noise=batch.draw_noise())
-        kl = None
-        if batch.measured:
+        references: list[Reference | None] = [None] * len(batch.members)
+        if rows.measured:
             base_pred = blend_predictions(preds, rows.base_coefficients, rows.owner, len(batch.members))
             base = take_step(self.model, base_pred, latents, at, eta=batch.eta, noise=None)
-            kl = kl_of(taken.mean, base.mean, taken.std)
-        _store(batch.members, taken, kl)
+            divergences = kl_of(taken.mean, base.mean, taken.std).tolist()
+            references = [Reference(mean, kl) for mean, kl in zip(base.mean, divergences, strict=True)]
+        _store(batch.members, taken, references)
 
     def _predict(self, batch: _Batch, rows: _BatchRows, latents: Tensor, timesteps: Tensor) -> Tensor:
         preds = []
@@ -236,11 +237,10 @@ class BlendEngine:
         return torch.arange(padded).clamp(max=rows - 1).split(size)
 
 
-def _store(members: Sequence[Running], taken: DDIMStep, kl: Tensor | None) -> None:
+def _store(members: Sequence[Running], taken: DDIMStep, references: Sequence[Reference | None]) -> None:
     finite = taken.prev_sample.isfinite().flatten(1).all(1).tolist()
-    divergences = [0.0] * len(members) if kl is None else kl.tolist()
     for i, running in enumerate(members):
-        running.advance(taken.prev_sample[i], taken.origin[i], taken.log_prob[i], divergences[i], finite[i])
+        running.advance(taken.prev_sample[i], taken.origin[i], taken.log_prob[i], references[i], finite[i])
 
 
 class _Batch:
@@ -254,7 +254,6 @@ class _Batch:
         self.conditioning = Conditioning.cat([r.conditioning for r in members])
         self.text = cache.rows([prompt for r in members for prompt in r.prompts], self.conditioning.embeds)
         self.eta = torch.tensor([r.sample.eta for r in members], device=self._device)  # [n]
-        self.measured = any(r.plan.measured for r in members)
         self._rows: _BatchRows | None = None
 
     def rows(self) -> _BatchRows:
@@ -278,6 +277,7 @@ class _BatchRows:
         self.text = 2 * self.owner + torch.tensor([seen for rows in planned for seen in rows.conditional])  # [R]
         self.mix = torch.cat([rows.mixes for rows in planned])  # [R, K]
         self.base_coefficients = torch.cat([rows.base_coefficients for rows in planned])  # [R]
+        self.measured = bool(self.base_coefficients.any())  # by any member
         self._coefficients = torch.cat([rows.coefficients for rows in planned])  # [R]
         self._members = members
         self._keeping = [i for i, rows in enumerate(planned) if rows.keep is not None]

@@ -71,18 +71,19 @@ class Step:
 
 
 def plan_rows(sample: Sample, basis: Sequence[str], steps: int, *, measured: bool) -> Plan:
-    """Lay out the rows of a sample at all its steps. measured: also plan what the base's prediction needs."""
+    """Lay out the rows of a sample at all its steps; with the base's at its reference steps, or at all if measured."""
     coefficients = sample.preference.coefficients(basis)
     wanted = _METHODS[sample.preference.method](sample, coefficients, steps)
     merged = Source(tuple(coefficients[1:]), 1.0)
-    laid_out: dict[Step, StepRows] = {}
+    laid_out: dict[tuple[Step, bool], StepRows] = {}
     planned = []
     for index, step in enumerate(wanted):
         if not _guided_at(sample, index, steps):
             step = Step(step.sources, UNGUIDED)
-        if step not in laid_out:
-            laid_out[step] = _lay_out(step, sample, merged, measured)
-        planned.append(laid_out[step])
+        key = step, measured or index in sample.reference_steps
+        if key not in laid_out:
+            laid_out[key] = _lay_out(step, sample, merged, key[1])
+        planned.append(laid_out[key])
     return Plan(tuple(planned), measured)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ class DenoisingError(RuntimeError):
     """A sample whose latents stopped being finite."""
 
 
+class Reference(NamedTuple):
+    """The base's transition at one state of a path."""
+
+    mean: Tensor  # [C, h, w] of x_{t-1} given x_t
+    kl: float  # of the sample's transition to it, in nats averaged over latent elements
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """The path a sample took; ordinary tensors that autograd may use."""
@@ -27,6 +35,7 @@ class Trajectory:
     timesteps: Tensor  # [T]
     prev_timesteps: Tensor  # [T], -1 at the end
     log_probs: Tensor  # [T], averaged over latent elements
+    references: Mapping[int, Reference]  # by step: those of Sample.reference_steps
 
 
 @dataclass(slots=True)
@@ -61,6 +70,7 @@ class Running:
     kept: Tensor | None = None  # [C, h, w] the residual that an earlier step kept for later ones
     history: list[Tensor] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
+    references: dict[int, Reference] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -81,12 +91,17 @@ class Running:
             return torch.zeros(self.latents.shape)
         return torch.randn(self.latents.shape, generator=self.generator)
 
-    def advance(self, prev_sample: Tensor, origin: Tensor, log_prob: Tensor, kl: float, finite: bool) -> None:
-        """Take over the step's result, or end with an error when it is not finite."""
+    def advance(
+        self, prev_sample: Tensor, origin: Tensor, log_prob: Tensor, base: Reference | None, finite: bool
+    ) -> None:
+        """Take over the step's result, or end with an error when it is not finite. base: None if no row measured it."""
+        if base is not None:
+            self.path_kl += base.kl
+            if self.step in self.sample.reference_steps:
+                self.references[self.step] = base
         self.step += 1
         self.latents = prev_sample
         self.origin = origin
-        self.path_kl += kl
         if self.sample.record:
             self.history.append(prev_sample)
             self.log_probs.append(log_prob)
@@ -116,6 +131,7 @@ class Running:
                     timesteps=self.course.timesteps.clone(),
                     prev_timesteps=self.course.prev_timesteps.clone(),
                     log_probs=torch.stack(self.log_probs).clone(),
+                    references={at: Reference(base.mean.clone(), base.kl) for at, base in self.references.items()},
                 )
             path_kl = self.path_kl if self.plan.measured and self.sample.eta > 0 else None
             return Output(self.sample, self.latents.clone(), spent, self.step, trajectory, path_kl)

@@ -37,6 +37,7 @@ class Sample:
     height: int | None = None  # pixels; None: the model's own
     width: int | None = None
     record: bool = False  # fill Output.trajectory
+    reference_steps: tuple[int, ...] = ()  # steps at which the trajectory takes down the base's transition too
     measure_kl: bool | None = None  # fill Output.path_kl, at the price of base rows; None: as record
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which guidance acts
     shared_unconditional: bool = False  # one unconditional row, of the merged adapters, in place of one per source
@@ -71,6 +72,8 @@ def check_sample(sample: Sample) -> None:
 def _check_solver(sample: Sample) -> None:
     if sample.solver not in SOLVERS:
         raise SampleError(f"solver is {sample.solver!r}: use one of {', '.join(SOLVERS)}", "solver")
+    if sample.reference_steps and not sample.record:
+        raise SampleError("reference_steps are part of the trajectory: set record=True", "reference_steps")
     if sample.solver != "ddim" and (sample.record or sample.measure_kl):
         raise SampleError(
             f"solver is {sample.solver!r}: record and measure_kl need steps that depend on x_t alone; use ddim",

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from blend.finetune.checkpoint import CheckpointFolder, read_state
 from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import ConfigError
+from blend.finetune.held_out import Metrics
 from blend.finetune.loop import run_training
 from blend.finetune.prompts import load_prompts
-from blend.finetune.trainer import Metrics, Trainer
+from blend.finetune.trainer import Trainer
 from blend.finetune.workgroup import Workgroup
 from blend.model import load_model, model_hash
 from blend.rewards import MovableReward, Reward, RewardError, load_reward
@@ -75,6 +76,7 @@ class TrainJob(BaseModel):
             self.held_out_prompts,
             workgroup,
             base_hash=self.base_hash,
+            watched={name: load_reward(name) for name in self.config.guard.watch},
         )
 
 

@@ -14,8 +14,9 @@ from ray.train.torch import TorchTrainer, get_device
 
 from blend.finetune.checkpoint import read_state, write_checkpoint
 from blend.finetune.errors import ConfigError, FinetuneError
+from blend.finetune.held_out import Metrics
 from blend.finetune.loop import run_training
-from blend.finetune.trainer import Metrics, Trainer
+from blend.finetune.trainer import Trainer
 from blend.finetune.workgroup import TorchWorkgroup, Workgroup
 from blend.rewards import Reward
 from workers.cluster import ray_session

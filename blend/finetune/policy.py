@@ -27,6 +27,8 @@ class Transitions:
     timesteps: Tensor  # [M]
     prev_timesteps: Tensor  # [M]
     log_probs: Tensor  # [M] of the draw under the policy that made it, mean over elements
+    base_means: Tensor  # [M, C, h, w] mean of x_prev under the base
+    kl: Tensor  # [M] of the policy that made the draw against the base, in nats, mean over elements
     sample: Tensor  # [M] index of the sample in the global batch
     step: Tensor  # [M] number of the denoising step
     slot: Tensor  # [M] place among the trained steps of its sample: decides which update takes it
@@ -42,7 +44,10 @@ class Transitions:
 
     @classmethod
     def of(cls, scored: Scored, steps: Sequence[Mapping[int, float]]) -> "Transitions":
-        """The trained `steps` {step: weight} of N recorded paths; `text` counts the samples' places in `scored`."""
+        """The trained `steps` {step: weight} of N recorded paths, at each of which the base was evaluated too.
+
+        `text` counts the samples' places in `scored`.
+        """
         rows = [
             (place, request.index, step, slot, weight)
             for place, (request, chosen) in enumerate(zip(scored.requests, steps, strict=True))
@@ -56,6 +61,8 @@ class Transitions:
             timesteps=torch.stack([paths[place].timesteps[step] for place, _, step, _, _ in rows]).to(device),
             prev_timesteps=torch.stack([paths[place].prev_timesteps[step] for place, _, step, _, _ in rows]).to(device),
             log_probs=torch.stack([paths[place].log_probs[step] for place, _, step, _, _ in rows]),
+            base_means=torch.stack([paths[place].references[step].mean for place, _, step, _, _ in rows]),
+            kl=torch.tensor([paths[place].references[step].kl for place, _, step, _, _ in rows], device=device),
             sample=torch.tensor([row[1] for row in rows], device=device),
             step=torch.tensor([row[2] for row in rows], device=device),
             slot=torch.tensor([row[3] for row in rows], device=device),
@@ -65,7 +72,7 @@ class Transitions:
 
 
 class Policy:
-    """Transition mean and std of the adapter (mix 1, with gradient) or of the base (mix 0) at given states.
+    """Transition mean and std under the adapter at given states, with gradient.
 
     Guided exactly as the rollouts were: eps = eps_unc + g (eps_txt - eps_unc), both rows with the adapter.
     """
@@ -80,7 +87,7 @@ class Policy:
         """UNet rows of one transition: conditional, and unconditional when guided."""
         return 1 if self.config.guidance_scale == 1 else 2
 
-    def transition(self, part: Transitions, text: Conditioning, *, mix: float) -> tuple[Tensor, Tensor]:
+    def transition(self, part: Transitions, text: Conditioning) -> tuple[Tensor, Tensor]:
         """(mean [M, C, h, w], std [M]) at states `part` with the prompts of M rows."""
         count = len(part)
         latents, timesteps = part.latents, part.timesteps
@@ -88,7 +95,7 @@ class Policy:
             empty = self.model.encode_prompts([None]).rows(torch.zeros(count, dtype=torch.long))
             latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
             text = Conditioning.cat([empty, text])
-        weights = latents.new_full((len(latents), 1), mix)
+        weights = latents.new_ones((len(latents), 1))
         noise_pred = self.bank.forward(
             latents.to(self.model.dtype), timesteps, text.embeds, weights, added_cond_kwargs=text.added
         ).float()
@@ -100,8 +107,9 @@ class Policy:
         )
         return step.mean, step.std
 
-    def random_steps(self, timesteps: Tensor, prev_timesteps: Tensor) -> list[int]:
-        """The steps of a path [T] that are Gaussian and so have a KL: std at least MIN_STD."""
-        zeros = torch.zeros(len(timesteps), 1, 1, 1, device=timesteps.device)
+    def random_steps(self) -> list[int]:
+        """The steps of a path that are Gaussian and so have a KL: std at least MIN_STD."""
+        timesteps, prev_timesteps = self.model.timesteps(self.config.num_inference_steps)
+        zeros = torch.zeros(len(timesteps), 1, 1, 1)
         step = self.model.ddim_step(zeros, zeros, timesteps, prev_timesteps, eta=self.config.eta, noise=None)
         return [i for i, std in enumerate(step.std.tolist()) if std >= MIN_STD]

@@ -5,8 +5,12 @@ workers and a resumed run draws what the uninterrupted one would have: there is 
 """
 
 import hashlib
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+=======
+from collections.abc import Callable, Collection, Mapping, Sequence
+>>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
 from dataclasses import dataclass, field
 
 import torch
@@ -40,9 +44,15 @@ class Scored:
 
     requests: tuple[Request, ...]
     outputs: tuple[Output, ...]
+<<<<<<< HEAD
     images: Tensor  # [N, 3, H, W] on the CPU from evaluate(), [0, 3, 0, 0] from roll_out(), which keeps none
     rewards: Tensor  # [N]
     watched: Mapping[str, Tensor] = field(default_factory=dict)  # other rewards [N] by name, from evaluate() alone
+=======
+    images: Tensor
+    rewards: Tensor
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
+>>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
@@ -76,28 +86,37 @@ def plan_requests(config: TrainConfig, prompts: Sequence[str], iteration: int) -
 
 
 def plan_held_out(config: TrainConfig, prompts: Sequence[str]) -> list[Request]:
-    """The fixed prompts and seeds of the held-out evaluation, the same for every adapter and every `seed`."""
+    """The fixed prompts and seeds of the held-out evaluation, the same for every adapter and every `seed`.
+
+    Images of one prompt are neighbours and one group; prompts are used again, as new groups, when there are too few.
+    """
     return [
-        Request(index, index % len(prompts), prompts[index % len(prompts)], keyed_seed("held-out", index) % 2**31)
+        Request(index, group, prompts[group % len(prompts)], keyed_seed("held-out", index) % 2**31)
         for index in range(config.held_out_images)
+        for group in [index // config.held_out_images_per_prompt]
     ]
 
 
 def choose_steps(config: TrainConfig, iteration: int, index: int, trainable: Sequence[int]) -> dict[int, float]:
     """The trained steps of sample `index`, in random order, with the number of trainable steps each stands for.
 
-    Every rewarded step, which stands for itself, and a random subset of the others (of all, when rewarded_steps is 0).
+    Every rewarded step, which stands for itself, and some of the others (of all, when rewarded_steps is 0): a random
+    subset, or a window of neighbours that goes on at the beginning when it reaches the end, so that none is favoured.
     """
     first = list(trainable[: config.rewarded_steps])
     rest = trainable[config.rewarded_steps :]
     order = keyed_permutation(len(rest), config.seed, "steps", iteration, index)
-    drawn = [rest[i] for i in order[: config.train_steps_per_sample - len(first)]]
+    count = min(len(rest), config.train_steps_per_sample - len(first))
+    if config.step_choice == "window":
+        order = [(order[0] + offset) % len(rest) for offset in range(count)]
+    drawn = [rest[i] for i in order[:count]]
     return dict.fromkeys(drawn, len(rest) / max(1, len(drawn))) | dict.fromkeys(first, 1.0)
 
 
 class Sampler:
     """Makes and scores images of one adapter with the engine that also serves.
 
+<<<<<<< HEAD
     Images are decoded and handed to the rewards as samples end: one that computes elsewhere does so while the
     others are still sampled. `should_stop` is asked between any two steps of the engine.
     """
@@ -106,6 +125,11 @@ class Sampler:
         self, config: TrainConfig, engine: BlendEngine, reward: Reward, watched: Mapping[str, Reward] | None = None
     ) -> None:
         """`watched` are rewards that evaluate() reports and nothing is trained on."""
+=======
+    def __init__(
+        self, config: TrainConfig, engine: BlendEngine, reward: Reward, watched: Mapping[str, Reward] | None = None
+    ) -> None:
+>>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
         self.config = config
         self.engine = engine
         self.reward = reward
@@ -113,12 +137,21 @@ class Sampler:
         self.should_stop: Callable[[], bool] = lambda: False
         self._preference = Preference(weights={config.name: 1.0})
 
+<<<<<<< HEAD
     def roll_out(self, requests: Sequence[Request]) -> Scored:
         """Sample with recorded trajectories; the images are let go once they are scored."""
         scoring = Scoring(self.engine, [self.reward], requests, keep_images=False)
         outputs = self._sample(requests, scoring, guidance_scale=self.config.guidance_scale, record=True)
         [rewards] = scoring.scores()
         return Scored(tuple(requests), outputs, scoring.images, rewards)
+=======
+    def roll_out(self, requests: Sequence[Request], references: Sequence[Collection[int]] = ()) -> Scored:
+        """Sample with recorded trajectories; references: each sample's steps at which the base is evaluated too."""
+        steps = [tuple(one) for one in references] or [()] * len(requests)
+        return self._score(
+            requests, guidance_scale=self.config.guidance_scale, record=True, measure_kl=False, references=steps
+        )
+>>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
 
     def evaluate(self, requests: Sequence[Request]) -> Scored:
         """Sample as it is served, with the path KL to the base measured in the same forwards."""
@@ -127,10 +160,22 @@ class Sampler:
         rewards, *others = scoring.scores()
         return Scored(tuple(requests), outputs, scoring.images, rewards, dict(zip(self.watched, others, strict=True)))
 
+<<<<<<< HEAD
     def _sample(
         self, requests: Sequence[Request], scoring: "Scoring", *, guidance_scale: float, record: bool
     ) -> tuple[Output, ...]:
         """Step the engine until all samples ended, passing each on as it ends; StoppedError when asked to stop."""
+=======
+    def _score(
+        self,
+        requests: Sequence[Request],
+        *,
+        guidance_scale: float,
+        record: bool,
+        measure_kl: bool,
+        references: Sequence[tuple[int, ...]] = (),
+    ) -> Scored:
+>>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
         samples = [
             Sample(
                 prompt=request.prompt,
@@ -140,9 +185,14 @@ class Sampler:
                 guidance_scale=guidance_scale,
                 eta=self.config.eta,
                 record=record,
+<<<<<<< HEAD
                 measure_kl=not record,
+=======
+                measure_kl=measure_kl,
+                reference_steps=reference,
+>>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
             )
-            for request in requests
+            for request, reference in zip(requests, references or [()] * len(requests), strict=True)
         ]
         assert self.engine.idle, "the engine is this sampler's alone"
         places: dict[int, int] = {}

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,23 +10,26 @@ from torch import Tensor
 
 from blend.adapters import AdapterBank
 from blend.conditioning import Conditioning
-from blend.ddim import log_prob_of
 from blend.engine import BlendEngine
 from blend.finetune import advantages
+from blend.finetune.average import ParameterAverage
 from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import FinetuneError, NonFiniteError
-from blend.finetune.objectives import OBJECTIVES, regularised_loss, transition_kl
-from blend.finetune.policy import REWARDED_STD, Policy, Transitions
+from blend.finetune.held_out import Metrics, broken_rule, owned_requests, summarise
+from blend.finetune.kl_control import KLControl
+from blend.finetune.objectives import OBJECTIVES
+from blend.finetune.policy import Policy, Transitions
 from blend.finetune.rollout import Request, Sampler, Scored, choose_steps, plan_held_out, plan_requests
+from blend.finetune.update import Batch, PolicyUpdate
 from blend.finetune.value import ValueBaseline
 from blend.finetune.workgroup import Workgroup
 from blend.model import DiffusionModel
 from blend.rewards import Reward
 
-ENGINE_ROWS = 64
-WEIGHT_DECAY = 1e-4
+TILE_ROWS = 64
+# of rollouts in flight at their peak, with the base beside the adapter: a tile of samples at the other steps
+ENGINE_ROWS = 2 * TILE_ROWS
 SHEET_IMAGES = 8
-Metrics = dict[str, Any]
 
 
 class Trainer:
@@ -42,8 +45,12 @@ class Trainer:
         workgroup: Workgroup | None = None,
         *,
         base_hash: str | None = None,
+        watched: Mapping[str, Reward] | None = None,
     ) -> None:
-        """`base_hash` is model_hash of the base: checkpoints of another base are then refused."""
+        """`base_hash` is model_hash of the base: checkpoints of another base are then refused.
+
+        watched: the rewards of guard.watch, which the held-out evaluation measures beside the trained one.
+        """
         self.config = config
         self.model = model
         self.prompts = tuple(prompts)
@@ -52,17 +59,25 @@ class Trainer:
         self.base_hash = base_hash
         self.bank = AdapterBank(model.unet, base_hash=base_hash)
         self.parameters = self.bank.add_trainable(config.name, rank=config.rank, seed=config.seed)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
+        self.average = ParameterAverage(self.parameters, config.ema_decay)
         self.objective = OBJECTIVES[config.objective]
         self.policy = Policy(config, model, self.bank)
-        engine = BlendEngine(model, self.bank, max_rows=ENGINE_ROWS, tile_rows=ENGINE_ROWS)
-        self.sampler = Sampler(config, engine, reward)
+        self.update = PolicyUpdate(config, self.policy, self.parameters, self.workgroup)
+        engine = BlendEngine(model, self.bank, max_rows=ENGINE_ROWS, tile_rows=TILE_ROWS)
+        self.should_stop: Callable[[], bool] = lambda: False  # asked between engine steps and between micro-batches
+        self.sampler = Sampler(config, engine, reward, watched or {})
+        self.sampler.should_stop = lambda: self.should_stop()
+        if config.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        self.control = KLControl(config.kl_weight, config.kl_target)
         self.statistics = advantages.PromptStatistics()
         self.value = ValueBaseline(config, model, self.workgroup)
         self.iteration = 0
         self.base: tuple[float, float] | None = None
         self.history: list[Metrics] = []
-        self.sheets: dict[str, Tensor] = {}
+        self.sheets: dict[int, Tensor] = {}
+        self.finished = False  # stopped early, by the guard
+        self._kept: tuple[int, list[Tensor]] = (0, [])  # iteration and parameters that broke no rule yet
 
     # ---- one iteration
 
@@ -73,19 +88,19 @@ class Trainer:
         started = time.perf_counter()
         plan = plan_requests(self.config, self.prompts, self.iteration)
         owned = [plan[i] for i in self.workgroup.slice(len(plan))]
-        scored = self.sampler.roll_out(owned)
-        rewards = self._gather_rewards(scored, plan)
+        trainable = self.policy.random_steps()
+        steps = [choose_steps(self.config, self.iteration, request.index, trainable) for request in owned]
+        scored = self.sampler.roll_out(owned, steps)
+        rewards = self._gather_rewards(scored.rewards, scored, plan)
         rolled_out = time.perf_counter()
-        path = scored.trajectories[0]
-        trainable = self.policy.random_steps(path.timesteps, path.prev_timesteps)
-        transitions = Transitions.of(
-            scored, [choose_steps(self.config, self.iteration, request.index, trainable) for request in owned]
-        )
+        transitions = Transitions.of(scored, steps)
+        path_kl = self._path_kl(transitions, len(plan))
+        kl_weight = self.control.step(path_kl)
         text = self.model.encode_prompts([request.prompt for request in owned])
         gains, value_loss = self._advantages(rewards, plan, transitions, text)
-        updates = [
-            self._update(transitions, text, gains, plan, update) for update in range(self.config.updates_per_iteration)
-        ]
+        batch = Batch(self.iteration, plan, transitions, text, gains, kl_weight)
+        updates = [self.update.run(batch, part, self.should_stop) for part in range(self.config.updates_per_iteration)]
+        self.average.update()
         self.iteration += 1
         seconds = time.perf_counter() - started
         first = updates[0]
@@ -95,8 +110,8 @@ class Trainer:
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std().item(),
             "reward_ci": 1.96 * rewards.std().item() / math.sqrt(len(rewards)),
-            # an unbiased estimate from the trained steps: their mean times the number of steps of the path
-            "path_kl": sum(update["kl"] for update in updates) / len(updates) * len(trainable),
+            "path_kl": path_kl,
+            "kl_weight": kl_weight,
             "policy_loss": first["loss"],
             "ratio_deviation": first["ratio_deviation"],
             "clipped": sum(update["clipped"] for update in updates) / len(updates),
@@ -109,9 +124,15 @@ class Trainer:
             metrics["value_loss"] = value_loss
         return metrics
 
-    def _gather_rewards(self, scored: Scored, plan: Sequence[Request]) -> Tensor:
+    def _path_kl(self, transitions: Transitions, paths: int) -> float:
+        """Path KL of the rollouts in nats, an unbiased estimate: each trained step stands for `weight` of them."""
+        nats = (transitions.weight.double() * transitions.kl.double()).sum().reshape(1).cpu()
+        return (self.workgroup.sum_(nats) * transitions.latents[0].numel() / paths).item()
+
+    def _gather_rewards(self, values: Tensor, scored: Scored, plan: Sequence[Request]) -> Tensor:
+        """All workers' values [N]; NonFiniteError where one is no number."""
         indices = [request.index for request in scored.requests]
-        rewards = self.workgroup.gather(scored.rewards, indices, len(plan))
+        rewards = self.workgroup.gather(values, indices, len(plan))
         bad = [plan[i] for i in (~rewards.isfinite()).nonzero().flatten().tolist()]
         if bad:
             causes = {str(o.error) for o in scored.outputs if o.error is not None}
@@ -141,98 +162,45 @@ class Trainer:
             gains = gains.to(self.model.device)[transitions.sample]
         return advantages.limit(gains), value_loss
 
-    # ---- one optimiser step
-
-    def _update(
-        self, transitions: Transitions, text: Conditioning, gains: Tensor, plan: Sequence[Request], update: int
-    ) -> dict[str, float]:
-        """One optimiser step over the transitions whose slot falls to this update, in micro-batches."""
-        mine = (transitions.slot % self.config.updates_per_iteration == update).nonzero().flatten()
-        total = self.workgroup.sum_(transitions.weight[mine].sum().reshape(1).cpu()).item()
-        flags = torch.zeros(len(plan), self.config.num_inference_steps)
-        sums = torch.zeros(4, dtype=torch.float64)
-        self.optimizer.zero_grad(set_to_none=True)
-        size = max(1, self.config.micro_batch_rows // self.policy.rows_per_transition)
-        for index in mine.split(size):
-            part = transitions.select(index)
-            loss, kl, deviation, clipped = (
-                part.weight * v for v in self._losses(part, text.rows(part.text), gains[index])
-            )
-            # times D: the gradient of J per step, of a size that Adam's epsilon and grad_clip are made for
-            (loss.sum() * part.latents[0].numel() / total).backward()
-            flags[part.sample.cpu(), part.step.cpu()] += (~loss.detach().isfinite()).float().cpu()
-            sums += torch.stack([v.detach().double().sum().cpu() for v in (loss, kl, deviation, clipped)])
-        self.workgroup.sum_gradients(self.parameters)
-        self._require_finite(self.workgroup.sum_(flags), plan)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        if not norm.isfinite():
-            raise NonFiniteError(
-                f"iteration {self.iteration + 1}: the gradient norm is {norm.item()} over prompts "
-                f"{sorted({r.prompt for r in plan})[:3]}, seeds from {plan[0].seed}; lower learning_rate"
-            )
-        self.optimizer.step()
-        loss_mean, kl_mean, deviation_mean, clipped_mean = (self.workgroup.sum_(sums) / total).tolist()
-        return {
-            "loss": loss_mean,
-            "kl": kl_mean,
-            "ratio_deviation": deviation_mean,
-            "clipped": clipped_mean,
-            "grad_norm": norm.item(),
-        }
-
-    def _losses(self, part: Transitions, text: Conditioning, gains: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per transition [M]: loss, KL in nats, |ratio - 1|, and whether the ratio is clipped."""
-        mean, std = self.policy.transition(part, text, mix=1.0)
-        log_prob = log_prob_of(part.prev_latents.float(), mean, std)
-        # the reference rows need no gradient: without a graph they cost a third
-        with torch.no_grad():
-            base_mean, _ = self.policy.transition(part, text, mix=0.0)
-        kl = transition_kl(mean, base_mean, std)
-        gains = gains * (std >= REWARDED_STD)
-        if self.config.rewarded_steps:
-            gains = gains * (part.step < self.config.rewarded_steps)
-        policy_loss = self.objective.policy_loss(log_prob, part.log_probs, gains, self.config.clip_range)
-        deviation = (torch.exp(log_prob - part.log_probs) - 1).abs()
-        elements = mean[0].numel()
-        return (
-            regularised_loss(policy_loss, kl, self.config.kl_weight),
-            kl * elements,
-            deviation,
-            (deviation > self.config.clip_range).float(),
-        )
-
-    def _require_finite(self, flags: Tensor, plan: Sequence[Request]) -> None:
-        bad = flags.nonzero().tolist()
-        if bad:
-            sample, step = bad[0]
-            raise NonFiniteError(
-                f"iteration {self.iteration + 1}: the loss is NaN or infinite at {len(bad)} transitions, "
-                f"first step {step} of {plan[sample]}; lower learning_rate or raise kl_weight"
-            )
-
     # ---- held-out evaluation
 
     def evaluate(self) -> Metrics:
-        """Mean reward and path KL (nats) on the fixed held-out images; the first call measures the base."""
-        owned = [self.held_out[i] for i in self.workgroup.slice(len(self.held_out))]
-        scored = self.sampler.evaluate(owned)
-        rewards = self._gather_rewards(scored, self.held_out)
-        indices = [request.index for request in owned]
+        """Rewards, path KL (nats) and diversity on the fixed held-out images; the first call measures the base."""
+        owned = owned_requests(self.held_out, self.workgroup)
+        with self.average.applied():
+            scored = self.sampler.evaluate(owned)
+        rewards = self._gather_rewards(scored.rewards, scored, self.held_out)
+        watched = {name: self._gather_rewards(values, scored, self.held_out) for name, values in scored.watched.items()}
         elements = math.prod(self.model.latents_shape(self.model.default_height, self.model.default_width))
         nats = torch.tensor([elements * (output.path_kl or 0.0) for output in scored.outputs])
-        path_kl = self.workgroup.gather(nats, indices, len(self.held_out)).mean().item()
-        mean, std = rewards.mean().item(), rewards.std().item()
-        sheet = (scored.images[:SHEET_IMAGES] * 255).round().to(torch.uint8)
-        self.sheets["tuned"] = sheet
+        path_kl = self.workgroup.gather(nats, [request.index for request in owned], len(self.held_out))
+        first = [place for place, one in enumerate(owned) if place == 0 or owned[place - 1].group != one.group]
+        self.sheets[self.iteration] = (scored.images[first[:SHEET_IMAGES]] * 255).round().to(torch.uint8)
+        metrics = summarise(rewards, watched, path_kl, scored, self.held_out, self.workgroup)
         if self.base is None:
-            self.base = (mean, std)
-            self.sheets["base"] = sheet
-        return {
-            "held_out_mean": mean,
-            "held_out_std": std,
-            "held_out_ci": 1.96 * std / math.sqrt(len(rewards)),
-            "held_out_path_kl": path_kl,
-        }
+            self.base = (metrics["held_out_mean"], metrics["held_out_std"])
+        else:
+            self.control.observe_held_out(metrics["held_out_path_kl"])
+        return metrics
+
+    def guard(self) -> Metrics:
+        """Look at the latest evaluation in `history`: keep what passed, or go back to it and say why.
+
+        Returns what the history's last line has to add; `finished` is set when training must not go on.
+        """
+        reason = broken_rule(self.config.guard, self.history)
+        if reason is None:
+            self._kept = (self.iteration, self.average.copies())
+            return {}
+        iteration, kept = self._kept
+        if not iteration:
+            raise FinetuneError(
+                f"{self.config.name!r} broke a rule at its first evaluation, in iteration {self.iteration} ({reason}): "
+                "lower learning_rate or eval_every, or widen the rule"
+            )
+        self.average.restart(kept)
+        self.finished = True
+        return {"stopped": reason, "kept_iteration": iteration}
 
     # ---- state
 
@@ -242,9 +210,13 @@ class Trainer:
             "settings": {**self.config.training_facts(), "base_hash": self.base_hash},
             "iteration": self.iteration,
             "parameters": [parameter.detach().cpu().clone() for parameter in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.update.optimizer.state_dict(),
             "value": self.value.state_dict(),
             "statistics": self.statistics.state_dict(),
+            "control": self.control.state_dict(),
+            "average": self.average.state_dict(),
+            "finished": self.finished,
+            "kept": {"iteration": self._kept[0], "parameters": [value.cpu() for value in self._kept[1]]},
             "base": self.base,
             "history": self.history,
             "sheets": self.sheets,
@@ -256,9 +228,14 @@ class Trainer:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.optimizer.load_state_dict(state["optimizer"])
         self.value.load_state_dict(state["value"])
         self.statistics.load_state_dict(state["statistics"])
+        self.control.load_state_dict(state["control"])
+        self.average.load_state_dict(state["average"])
+        self.finished = state["finished"]
+        kept = state["kept"]
+        self._kept = (kept["iteration"], [value.to(self.model.device) for value in kept["parameters"]])
         self.iteration = state["iteration"]
         self.base = tuple(state["base"]) if state["base"] is not None else None
         self.history = list(state["history"])

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state
+from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state, write_checkpoint
 from blend.finetune.config import TrainConfig
-from blend.finetune.errors import NonFiniteError, ResumeError, StoppedError
+from blend.finetune.errors import FinetuneError, NonFiniteError, ResumeError, StoppedError
+from blend.finetune.held_out import published
 from blend.finetune.loop import run_training
 from blend.finetune.objectives import transition_kl
 from blend.finetune.policy import Transitions
@@ -57,10 +58,10 @@ class Broken(Redness):
 
 @pytest.fixture
 def make_trainer(tiny_sd_dir: Path):
-    def make(reward=None, workgroup=None, base_model=tiny_sd_dir, **changes):
+    def make(reward=None, workgroup=None, base_model=tiny_sd_dir, watched=None, **changes):
         config = TrainConfig.parse({**SETTINGS, "base_model": str(base_model), **changes})
         reward = reward or load_reward(config.reward)
-        return Trainer(config, load_model(base_model), reward, TRAIN, HELD_OUT, workgroup)
+        return Trainer(config, load_model(base_model), reward, TRAIN, HELD_OUT, workgroup, watched=watched)
 
     return make
 
@@ -91,18 +92,17 @@ def test_sdxl_is_trained_and_replayed_with_its_sizes_and_pooled_text(make_traine
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_kl_of_the_policy_sums_to_the_engines_path_kl(make_trainer, guidance_scale):
+def test_references_of_the_rollouts_sum_to_the_engines_path_kl(make_trainer, guidance_scale):
     trainer = nonzero(make_trainer(guidance_scale=guidance_scale, eval_guidance_scale=guidance_scale, eta=0.7))
     requests = plan_requests(trainer.config, TRAIN, 0)
-    scored = trainer.sampler.roll_out(requests)
-    path = scored.trajectories[0]
-    everything = list(range(len(path.timesteps)))
+    everything = trainer.policy.random_steps()
+    scored = trainer.sampler.roll_out(requests, [everything] * len(requests))
     transitions = Transitions.of(scored, [dict.fromkeys(everything, 1.0) for _ in requests])
     text = trainer.model.encode_prompts([request.prompt for request in requests]).rows(transitions.text)
     with torch.no_grad():
-        mean, std = trainer.policy.transition(transitions, text, mix=1.0)
-        base_mean, _ = trainer.policy.transition(transitions, text, mix=0.0)
-    divergence = transition_kl(mean, base_mean, std)
+        mean, std = trainer.policy.transition(transitions, text)
+    divergence = transition_kl(mean, transitions.base_means, std)
+    torch.testing.assert_close(divergence, transitions.kl, rtol=1e-3, atol=1e-5)
     measured = trainer.sampler.evaluate(requests)
     assert measured.outputs[0].path_kl > 0
     torch.testing.assert_close(
@@ -113,17 +113,31 @@ def test_kl_of_the_policy_sums_to_the_engines_path_kl(make_trainer, guidance_sca
     )
 
 
-def test_base_rows_ignore_the_adapter(make_trainer):
+def test_references_are_the_transitions_of_the_base(make_trainer):
     plain, tuned = make_trainer(), nonzero(make_trainer())
-    scored = plain.sampler.roll_out(plan_requests(plain.config, TRAIN, 0))
-    part = Transitions.of(scored, [{0: 1.0, 1: 1.0} for _ in scored.requests])
-    text = plain.model.encode_prompts([request.prompt for request in scored.requests]).rows(part.text)
+    requests = plan_requests(plain.config, TRAIN, 0)
+    scored = tuned.sampler.roll_out(requests, [(0, 2)] * len(requests))
+    part = Transitions.of(scored, [{0: 1.0, 2: 1.0} for _ in requests])
+    text = plain.model.encode_prompts([request.prompt for request in requests]).rows(part.text)
     with torch.no_grad():
-        torch.testing.assert_close(
-            tuned.policy.transition(part, text, mix=0.0)[0], plain.policy.transition(part, text, mix=1.0)[0]
-        )
-        changed = tuned.policy.transition(part, text, mix=1.0)[0] - plain.policy.transition(part, text, mix=1.0)[0]
+        torch.testing.assert_close(part.base_means, plain.policy.transition(part, text)[0], rtol=1e-4, atol=1e-5)
+        changed = tuned.policy.transition(part, text)[0] - part.base_means
     assert changed.abs().max() > 1e-3
+
+
+def test_path_kl_of_random_steps_is_that_of_all_steps_on_average(make_trainer):
+    trainer = nonzero(make_trainer(train_steps_per_sample=1, num_inference_steps=4, prompts_per_iteration=1))
+    trainer.evaluate()
+    estimates = []
+    for step in trainer.policy.random_steps():
+        chosen = {step: float(len(trainer.policy.random_steps()))}
+        requests = plan_requests(trainer.config, TRAIN, 0)
+        scored = trainer.sampler.roll_out(requests, [chosen] * len(requests))
+        estimates.append(trainer._path_kl(Transitions.of(scored, [chosen] * len(requests)), len(requests)))
+    every = dict.fromkeys(trainer.policy.random_steps(), 1.0)
+    scored = trainer.sampler.roll_out(requests, [every] * len(requests))
+    whole = trainer._path_kl(Transitions.of(scored, [every] * len(requests)), len(requests))
+    assert sum(estimates) / len(estimates) == pytest.approx(whole, rel=1e-4)
 
 
 def parameters_of(trainer):
@@ -132,7 +146,7 @@ def parameters_of(trainer):
 
 @pytest.mark.parametrize("objective", ["dpok", "ddpo", "grpo"])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make_trainer, tmp_path, objective):
-    changes = {"objective": objective, "updates_per_iteration": 2}
+    changes = {"objective": objective, "updates_per_iteration": 2, "ema_decay": 0.9, "kl_target": 0.5}
     whole = make_trainer(**changes)
     run_training(whole, save=CheckpointFolder(tmp_path / "whole").save)
 
@@ -202,13 +216,116 @@ def test_later_updates_leave_ratio_one_and_the_clip_range_counts_them(make_train
     assert clipped[10.0] == 0
 
 
-def test_reduced_precision_keeps_the_adapter_in_float32(tiny_sd_dir):
-    config = TrainConfig.parse({**SETTINGS, "base_model": str(tiny_sd_dir), "dtype": "bfloat16"})
-    model = load_model(tiny_sd_dir, dtype=torch.bfloat16)
-    trainer = Trainer(config, model, load_reward(config.reward), TRAIN, HELD_OUT)
+def gradient_of(trainer):
+    """The first iteration's gradient, one vector."""
     trainer.evaluate()
+    trainer.update.optimizer = torch.optim.SGD(trainer.parameters, lr=0.0)
+    trainer.iterate()
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.parameters])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_keeps_the_adapter_in_float32_and_its_gradient(tiny_sd_dir, dtype):
+    gradients = []
+    for used in (torch.float32, dtype):
+        config = TrainConfig.parse({**SETTINGS, "base_model": str(tiny_sd_dir), "grad_clip": 1e9})
+        trainer = Trainer(config, load_model(tiny_sd_dir, dtype=used), Redness(), TRAIN, HELD_OUT)
+        gradients.append(gradient_of(nonzero(trainer)))
     assert trainer.iterate()["ratio_deviation"] < 1e-2
     assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(make_trainer):
+    plain, recomputed = nonzero(make_trainer()), nonzero(make_trainer(gradient_checkpointing=True))
+    runs, gradients = [], []
+    for trainer in (plain, recomputed):
+        count: list[None] = []
+        layer = trainer.model.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        layer.register_forward_pre_hook(lambda *_, count=count: count.append(None))
+        gradients.append(gradient_of(trainer))
+        runs.append(len(count))
+    assert runs[1] > runs[0]
+    assert gradients[0].abs().max() > 1e-4
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_a_stop_between_micro_batches_leaves_the_adapter_as_it_was(make_trainer):
+    trainer = nonzero(make_trainer(micro_batch_rows=2))
+    trainer.evaluate()
+    before, learning = parameters_of(trainer), []
+    unet = trainer.model.unet
+    unet.register_forward_pre_hook(lambda *_: learning.append(None) if torch.is_grad_enabled() else None)
+    trainer.should_stop = lambda: len(learning) == 2
+    with pytest.raises(StoppedError, match="iteration 1"):
+        trainer.iterate()
+    assert len(learning) == 2
+    for old, new in zip(before, trainer.parameters, strict=True):
+        assert torch.equal(old, new)
+
+
+def test_the_average_is_evaluated_and_saved_and_the_latest_is_trained(make_trainer, tmp_path):
+    trainer = make_trainer(Redness(), ema_decay=0.9, iterations=3, eval_every=1, learning_rate=0.01)
+    seen = []
+    run_training(trainer, save=lambda trainer: seen.append(parameters_of(trainer)))
+    means = [torch.stack(each).mean(0) for each in zip(*seen, strict=True)]  # of the few first, the plain mean
+    write_checkpoint(trainer, tmp_path)
+    saved = load_file(tmp_path / ADAPTER_FILE)
+    ups = torch.cat([saved[key].flatten() for key in sorted(saved) if "lora_B" in key])
+    expected = make_trainer(Redness())
+    expected.average.restart(means)
+    expected.bank.save("colour", tmp_path / "expected")
+    wanted = load_file(tmp_path / "expected" / ADAPTER_FILE)
+    torch.testing.assert_close(ups, torch.cat([wanted[key].flatten() for key in sorted(wanted) if "lora_B" in key]))
+    assert trainer.history[-1]["held_out_mean"] == pytest.approx(expected.evaluate()["held_out_mean"], abs=1e-5)
+    for latest, now in zip(seen[-1], trainer.parameters, strict=True):
+        assert torch.equal(latest, now)
+
+
+def test_kl_target_holds_the_held_out_path_kl(make_trainer):
+    """Without it the same run goes several times as far."""
+    kl = {}
+    for target in (None, 2.0):
+        trainer = make_trainer(
+            Redness(), kl_weight=1e-4, kl_target=target, iterations=24, eval_every=2, learning_rate=0.05
+        )
+        run_training(trainer, save=lambda trainer: None)
+        kl[target] = trainer.history[-1]["held_out_path_kl"]
+    assert kl[2.0] < 3.0 < 4 * 3.0 < kl[None]
+    assert trainer.control.weight > 1e-4
+
+
+def test_an_early_stop_goes_back_to_the_adapter_that_broke_no_rule(make_trainer, tmp_path):
+    changes = {"guard": {"kl": 3.0, "watch": {"compressibility": 50.0}}, "eval_every": 1, "iterations": 30}
+    watched = {"compressibility": load_reward("compressibility")}
+    trainer = make_trainer(Redness(), watched=watched, learning_rate=0.004, **changes)
+    seen = {}
+
+    def save(trainer):
+        seen[trainer.iteration] = (parameters_of(trainer), trainer.state_dict())
+
+    run_training(trainer, save=save)
+    last = trainer.history[-1]
+    assert trainer.finished
+    assert 1 < last["iteration"] < 30
+    assert last["stopped"].startswith("path KL")
+    assert last["kept_iteration"] == last["iteration"] - 1
+    assert published(trainer.history)["held_out_path_kl"] <= 3.0 < last["held_out_path_kl"]
+    assert set(last["watched"]) == {"compressibility"}
+    for kept, now in zip(seen[last["kept_iteration"]][0], trainer.parameters, strict=True):
+        assert torch.equal(kept, now)
+    assert sorted(trainer.sheets) == list(range(last["iteration"] + 1))
+
+    again = make_trainer(Redness(), watched=watched, learning_rate=0.004, **changes)
+    again.load_state_dict(seen[last["iteration"]][1])
+    run_training(again, save=save, on_metrics=lambda metrics: pytest.fail("trained on"))
+    assert again.iteration == last["iteration"]
+
+
+def test_a_rule_broken_at_once_has_nothing_to_go_back_to(make_trainer):
+    trainer = make_trainer(Redness(), guard={"kl": 1e-6}, eval_every=1, learning_rate=0.05)
+    with pytest.raises(FinetuneError, match=r"first evaluation, in iteration \d \(path KL"):
+        run_training(trainer, save=lambda trainer: None)
 
 
 @pytest.mark.parametrize(("rows", "guidance_scale"), [(3, 1.0), (4, 3.0)])
@@ -217,7 +334,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(make_trainer, rows, guidan
     parts = nonzero(make_trainer(guidance_scale=guidance_scale, micro_batch_rows=rows))
     for trainer in (whole, parts):
         trainer.evaluate()
-        trainer.optimizer = torch.optim.SGD(trainer.parameters, lr=1.0)
+        trainer.update.optimizer = torch.optim.SGD(trainer.parameters, lr=1.0)
         trainer.iterate()
     largest = max(parameter.grad.abs().max().item() for parameter in whole.parameters)
     assert largest > 1e-4

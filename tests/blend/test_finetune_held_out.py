@@ -1,0 +1,118 @@
+"""What the held-out evaluation says of a run, and the weight of the KL that follows from it: pure functions."""
+
+import re
+
+import pytest
+import torch
+
+from blend.finetune.config import Guard, TrainConfig
+from blend.finetune.held_out import broken_rule, owned_requests, published, summarise
+from blend.finetune.kl_control import GAIN, LARGEST, KLControl
+from blend.finetune.rollout import Scored, plan_held_out
+from blend.finetune.workgroup import Workgroup
+
+
+def line(iteration, mean=0.0, kl=0.0, **watched):
+    return {
+        "iteration": iteration,
+        "held_out_mean": mean,
+        "held_out_std": 0.5,
+        "held_out_path_kl": kl,
+        "watched": {name: {"mean": value, "std": 0.1, "ci": 0.0} for name, value in watched.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("guard", "latest", "expected"),
+    [
+        (Guard(), line(4, mean=-9.0, kl=1e6), None),
+        (Guard(kl=10.0), line(4, kl=10.0), None),
+        (Guard(kl=10.0), line(4, kl=10.5), r"path KL 10\.5 nats, above guard\.kl 10"),
+        (Guard(drop=1.0), line(4, mean=0.5), None),  # one base deviation below the best, 1.0
+        (Guard(drop=1.0), line(4, mean=0.4), r"1\.20 base deviations below its best, above guard\.drop 1"),
+        (Guard(watch={"alignment": 2.0}), line(4, alignment=0.61), None),
+        (Guard(watch={"alignment": 2.0}), line(4, alignment=0.5), r"alignment 3\.00 of its deviations below the base"),
+    ],
+)
+def test_rules(guard, latest, expected):
+    history = [line(0, alignment=0.8), line(2, mean=1.0, alignment=0.9), {"iteration": 3}, latest]
+    if expected is None:
+        assert broken_rule(guard, history) is None
+    else:
+        assert re.search(expected, broken_rule(guard, history))
+
+
+def test_what_is_published_is_the_last_evaluation_or_the_kept_one():
+    history = [line(0), line(2, mean=1.0), {"iteration": 3}, line(4, mean=2.0)]
+    assert published(history)["iteration"] == 4
+    assert published([*history[:-1], {**line(4), "kept_iteration": 2}])["iteration"] == 2
+
+
+def test_watched_rewards_keep_their_own_moments_and_diversity_is_within_a_prompt():
+    settings = {"name": "x", "reward": "brightness", "held_out_images": 5, "held_out_images_per_prompt": 2}
+    config = TrainConfig.parse(settings)
+    requests = plan_held_out(config, ["a", "b"])
+    assert [(r.group, r.prompt) for r in requests] == [(0, "a"), (0, "a"), (1, "b"), (1, "b"), (2, "a")]
+    assert len({r.seed for r in requests}) == 5
+    # prompts differ by 0.9, images of one prompt by 0.1 and 0.3
+    levels = torch.tensor([0.0, 0.1, 0.9, 0.6, 0.5])
+    images = levels.view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    scored = Scored(tuple(requests), (), images, levels)
+    rewards, aligned = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
+    metrics = summarise(rewards, {"alignment": aligned}, torch.ones(5), scored, requests, Workgroup())
+    assert metrics["held_out_mean"] == 3.0
+    assert metrics["held_out_ci"] == pytest.approx(1.96 * rewards.std().item() / 5**0.5)
+    assert metrics["held_out_diversity"] == pytest.approx((0.1 + 0.3) / 2)
+    assert metrics["watched"]["alignment"]["mean"] == pytest.approx(0.6)
+
+
+def test_a_prompts_images_stay_with_one_worker():
+    config = TrainConfig.parse(
+        {"name": "x", "reward": "brightness", "held_out_images": 10, "held_out_images_per_prompt": 4}
+    )
+    requests = plan_held_out(config, ["a", "b", "c"])
+    workers = []
+    for rank in range(2):
+        workgroup = Workgroup()
+        workgroup.rank, workgroup.size = rank, 2
+        workers.append(owned_requests(requests, workgroup))
+    assert [request.index for owned in workers for request in owned] == list(range(10))
+    assert not {request.group for request in workers[0]} & {request.group for request in workers[1]}
+
+
+def test_alpha_is_constant_without_a_target():
+    control = KLControl(0.01, None)
+    control.observe_held_out(1e6)
+    assert [control.step(kl) for kl in (0.0, 5.0, 1e9)] == [0.01] * 3
+
+
+def test_alpha_rises_above_the_target_and_falls_back_to_kl_weight():
+    control = KLControl(0.01, 100.0)
+    assert control.step(50.0) == 0.01
+    assert control.step(110.0) == pytest.approx(0.01 * 1.1**GAIN)
+    assert control.step(1e9) == pytest.approx(0.01 * 1.1**GAIN * torch.e ** (GAIN * LARGEST), rel=1e-5)
+    for _ in range(10):
+        control.step(20.0)
+    assert control.weight == 0.01
+
+
+def test_rollouts_count_as_much_as_the_held_out_kl_of_the_same_policy():
+    control = KLControl(0.01, 100.0)
+    control.observe_held_out(120.0)
+    assert control.step(40.0) == pytest.approx(0.01 * 1.2**GAIN)
+    assert control.step(100.0 / 3) == pytest.approx(0.01 * 1.2**GAIN)
+    restored = KLControl(0.01, 100.0)
+    restored.load_state_dict(control.state_dict())
+    assert restored.step(45.0) == control.step(45.0) > 0.012
+
+
+def test_a_controlled_system_settles_at_its_target():
+    """KL follows reward pull against alpha with the lag of an optimiser, as in training: a fifth of the way a step."""
+    control, kl = KLControl(0.001, 100.0), 0.0
+    seen = []
+    for _ in range(120):
+        alpha = control.step(kl)
+        kl += 0.2 * (1.0 / alpha - kl)  # without a controller it would go to 1,000 nats
+        seen.append(kl)
+    assert max(seen) < 250
+    assert seen[-1] == pytest.approx(100.0, rel=0.1)
