@@ -68,7 +68,7 @@ class Trainer:
         self.sampler = Sampler(config, engine, reward, watched or {})
         self.sampler.should_stop = lambda: self.should_stop()
         if config.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
+            model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
         self.control = KLControl(config.kl_weight, config.kl_target)
         self.statistics = advantages.PromptStatistics()
         self.value = ValueBaseline(config, model, self.workgroup)

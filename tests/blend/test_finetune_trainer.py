@@ -287,11 +287,11 @@ def test_kl_target_holds_the_held_out_path_kl(make_trainer):
     kl = {}
     for target in (None, 2.0):
         trainer = make_trainer(
-            Redness(), kl_weight=1e-4, kl_target=target, iterations=24, eval_every=2, learning_rate=0.05
+            Redness(), kl_weight=1e-4, kl_target=target, iterations=20, eval_every=5, learning_rate=0.01
         )
         run_training(trainer, save=lambda trainer: None)
         kl[target] = trainer.history[-1]["held_out_path_kl"]
-    assert kl[2.0] < 3.0 < 4 * 3.0 < kl[None]
+    assert kl[2.0] < 4.0 < 8.0 < kl[None]
     assert trainer.control.weight > 1e-4
 
 
