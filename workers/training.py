@@ -57,7 +57,7 @@ class TrainJob(BaseModel):
             self.prompts,
             self.held_out_prompts,
             self.base_hash,
-            load_reward(self.config.reward).version,
+            [load_reward(name).version for name in (self.config.reward, *sorted(self.config.guard.watch))],
             version("diffusion-blend"),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -76,7 +76,7 @@ class TrainJob(BaseModel):
             self.held_out_prompts,
             workgroup,
             base_hash=self.base_hash,
-            watched={name: load_reward(name) for name in self.config.guard.watch},
+            watched={name: rewards.get(name) or load_reward(name) for name in self.config.guard.watch},
         )
 
 

@@ -5,12 +5,8 @@ workers and a resumed run draws what the uninterrupted one would have: there is 
 """
 
 import hashlib
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-=======
-from collections.abc import Callable, Collection, Mapping, Sequence
->>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
 from dataclasses import dataclass, field
 
 import torch
@@ -44,15 +40,9 @@ class Scored:
 
     requests: tuple[Request, ...]
     outputs: tuple[Output, ...]
-<<<<<<< HEAD
     images: Tensor  # [N, 3, H, W] on the CPU from evaluate(), [0, 3, 0, 0] from roll_out(), which keeps none
     rewards: Tensor  # [N]
     watched: Mapping[str, Tensor] = field(default_factory=dict)  # other rewards [N] by name, from evaluate() alone
-=======
-    images: Tensor
-    rewards: Tensor
-    watched: Mapping[str, Tensor] = field(default_factory=dict)
->>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:
@@ -116,7 +106,6 @@ def choose_steps(config: TrainConfig, iteration: int, index: int, trainable: Seq
 class Sampler:
     """Makes and scores images of one adapter with the engine that also serves.
 
-<<<<<<< HEAD
     Images are decoded and handed to the rewards as samples end: one that computes elsewhere does so while the
     others are still sampled. `should_stop` is asked between any two steps of the engine.
     """
@@ -125,11 +114,6 @@ class Sampler:
         self, config: TrainConfig, engine: BlendEngine, reward: Reward, watched: Mapping[str, Reward] | None = None
     ) -> None:
         """`watched` are rewards that evaluate() reports and nothing is trained on."""
-=======
-    def __init__(
-        self, config: TrainConfig, engine: BlendEngine, reward: Reward, watched: Mapping[str, Reward] | None = None
-    ) -> None:
->>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
         self.config = config
         self.engine = engine
         self.reward = reward
@@ -137,21 +121,17 @@ class Sampler:
         self.should_stop: Callable[[], bool] = lambda: False
         self._preference = Preference(weights={config.name: 1.0})
 
-<<<<<<< HEAD
-    def roll_out(self, requests: Sequence[Request]) -> Scored:
-        """Sample with recorded trajectories; the images are let go once they are scored."""
+    def roll_out(self, requests: Sequence[Request], references: Sequence[Collection[int]] = ()) -> Scored:
+        """Sample with recorded trajectories; the images are let go once they are scored.
+
+        references: each sample's steps at which the base is evaluated too.
+        """
         scoring = Scoring(self.engine, [self.reward], requests, keep_images=False)
-        outputs = self._sample(requests, scoring, guidance_scale=self.config.guidance_scale, record=True)
+        outputs = self._sample(
+            requests, scoring, guidance_scale=self.config.guidance_scale, record=True, references=references
+        )
         [rewards] = scoring.scores()
         return Scored(tuple(requests), outputs, scoring.images, rewards)
-=======
-    def roll_out(self, requests: Sequence[Request], references: Sequence[Collection[int]] = ()) -> Scored:
-        """Sample with recorded trajectories; references: each sample's steps at which the base is evaluated too."""
-        steps = [tuple(one) for one in references] or [()] * len(requests)
-        return self._score(
-            requests, guidance_scale=self.config.guidance_scale, record=True, measure_kl=False, references=steps
-        )
->>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
 
     def evaluate(self, requests: Sequence[Request]) -> Scored:
         """Sample as it is served, with the path KL to the base measured in the same forwards."""
@@ -160,22 +140,16 @@ class Sampler:
         rewards, *others = scoring.scores()
         return Scored(tuple(requests), outputs, scoring.images, rewards, dict(zip(self.watched, others, strict=True)))
 
-<<<<<<< HEAD
     def _sample(
-        self, requests: Sequence[Request], scoring: "Scoring", *, guidance_scale: float, record: bool
-    ) -> tuple[Output, ...]:
-        """Step the engine until all samples ended, passing each on as it ends; StoppedError when asked to stop."""
-=======
-    def _score(
         self,
         requests: Sequence[Request],
+        scoring: "Scoring",
         *,
         guidance_scale: float,
         record: bool,
-        measure_kl: bool,
-        references: Sequence[tuple[int, ...]] = (),
-    ) -> Scored:
->>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
+        references: Sequence[Collection[int]] = (),
+    ) -> tuple[Output, ...]:
+        """Step the engine until all samples ended, passing each on as it ends; StoppedError when asked to stop."""
         samples = [
             Sample(
                 prompt=request.prompt,
@@ -185,12 +159,8 @@ class Sampler:
                 guidance_scale=guidance_scale,
                 eta=self.config.eta,
                 record=record,
-<<<<<<< HEAD
                 measure_kl=not record,
-=======
-                measure_kl=measure_kl,
-                reference_steps=reference,
->>>>>>> 3848f53 (Hold the KL to a target, stop early by rules, average the adapter; take the reference from the rollouts' own forwards)
+                reference_steps=tuple(reference),
             )
             for request, reference in zip(requests, references or [()] * len(requests), strict=True)
         ]
