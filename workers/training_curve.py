@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blend.finetune.config import TrainConfig
-from blend.finetune.trainer import Metrics
+from blend.finetune.held_out import Metrics
 
 ROLLED, HELD, ALPHA = "tab:blue", "tab:orange", "tab:green"
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blend.finetune.config import TrainConfig
-from blend.finetune.trainer import Metrics
+from blend.finetune.held_out import Metrics
 
 BAR_WIDTH = 40
 REFRESHES_PER_SECOND = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blend.finetune.config import TrainConfig
-from blend.finetune.trainer import Metrics
+from blend.finetune.held_out import Metrics
 from workers.tensorboard import EventLog
 from workers.training_display import open_display
 

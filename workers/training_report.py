@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from blend.finetune.config import TrainConfig
-from blend.finetune.trainer import Metrics
+from blend.finetune.held_out import Metrics, published
 from workers.provenance import base_licence, git_commit, package_version
 
 # a Prefect artifact is a row of a database: larger pictures go into it as JPEG
@@ -47,13 +47,6 @@ class Outcome:
         """Figures {mean, std, ci} of base and tuned for each reward that was watched and not trained."""
         after = self.tuned.get("watched") or {}
         return {name: (figures, after[name]) for name, figures in (self.base.get("watched") or {}).items()}
-
-
-def published(history: Sequence[Metrics]) -> Metrics:
-    """The evaluation of the adapter that is published: the last one, or that of kept_iteration."""
-    evaluations = [metrics for metrics in history if "held_out_mean" in metrics]
-    kept = history[-1].get("kept_iteration")
-    return evaluations[-1] if kept is None else next(m for m in evaluations if m["iteration"] == kept)
 
 
 def outcome_sentence(config: TrainConfig, history: Sequence[Metrics]) -> str:

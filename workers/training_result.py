@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from blend.finetune.checkpoint import ADAPTER_FILE, read_state
-from blend.finetune.trainer import Metrics
+from blend.finetune.held_out import Metrics
 from workers.tensorboard import write_sheets
 from workers.training_curve import draw_curve
 from workers.training_log import TENSORBOARD, write_metrics
@@ -56,7 +56,7 @@ def write_result(job: "TrainJob", checkpoint: Path, output_dir: Path) -> FitResu
         shutil.copy2(checkpoint / ADAPTER_FILE, partial / ADAPTER_FILE)
         write_metrics(history, partial / "metrics.jsonl")
         draw_curve(job.config, history, partial / "curve.png")
-        sheets = numbered(state["sheets"], history)
+        sheets = state["sheets"]
         draw_sheet(
             sheets,
             history,
@@ -89,9 +89,3 @@ def _holds(directory: Path, checkpoint: Path, history: list[Metrics]) -> bool:
     same_weights = (directory / ADAPTER_FILE).read_bytes() == (checkpoint / ADAPTER_FILE).read_bytes()
     lines = "".join(json.dumps(metrics) + "\n" for metrics in history)
     return same_weights and (directory / "metrics.jsonl").read_text(encoding="utf-8") == lines
-
-
-def numbered(sheets: dict[Any, Any], history: list[Metrics]) -> dict[int, Any]:
-    """Sheets by iteration; TEMPORARY until the trainer keeps them so."""
-    names = {"base": 0, "tuned": history[-1]["iteration"]}
-    return {names.get(key, key): images for key, images in sheets.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blend.finetune.config import TrainConfig
 from blend.finetune.rollout import plan_held_out
-from blend.finetune.trainer import Metrics
+from blend.finetune.held_out import Metrics
 
 MARGIN = 4
 CELL = 128  # pixels of an image's side: small ones are enlarged by whole factors, large ones reduced
