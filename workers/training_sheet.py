@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from blend.finetune.config import TrainConfig
-from blend.finetune.rollout import plan_held_out
 from blend.finetune.held_out import Metrics
+from blend.finetune.rollout import plan_held_out
 
 MARGIN = 4
 CELL = 128  # pixels of an image's side: small ones are enlarged by whole factors, large ones reduced
