@@ -20,8 +20,7 @@ def write_checkpoint(trainer: Trainer, directory: Path) -> Path:
     """Write adapter and state into an empty or new directory."""
     directory.mkdir(parents=True, exist_ok=True)
     config = trainer.config
-    with trainer.average.applied():
-        trainer.bank.save(config.name, directory, adapter_metadata(config, trainer.history))
+    trainer.bank.save(config.name, directory, adapter_metadata(config, trainer.history))
     torch.save(trainer.state_dict(), directory / STATE_FILE)
     return directory
 

@@ -70,8 +70,6 @@ class TrainConfig(BaseModel):
     clip_range: PositiveFloat = 1e-4
     # largest gradient norm over all adapter parameters
     grad_clip: PositiveFloat = 1.0
-    # evaluated and published is a moving average of the adapter: weight of what was before, 0 for the latest alone
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # outer loops: roll out, score, update
     iterations: PositiveInt = 36
     # distinct prompts of one iteration, over all workers

@@ -12,7 +12,6 @@ from blend.adapters import AdapterBank
 from blend.conditioning import Conditioning
 from blend.engine import BlendEngine
 from blend.finetune import advantages
-from blend.finetune.average import ParameterAverage
 from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import FinetuneError, NonFiniteError
 from blend.finetune.held_out import Metrics, broken_rule, owned_requests, summarise
@@ -59,7 +58,6 @@ class Trainer:
         self.base_hash = base_hash
         self.bank = AdapterBank(model.unet, base_hash=base_hash)
         self.parameters = self.bank.add_trainable(config.name, rank=config.rank, seed=config.seed)
-        self.average = ParameterAverage(self.parameters, config.ema_decay)
         self.objective = OBJECTIVES[config.objective]
         self.policy = Policy(config, model, self.bank)
         self.update = PolicyUpdate(config, self.policy, self.parameters, self.workgroup)
@@ -100,7 +98,6 @@ class Trainer:
         gains, value_loss = self._advantages(rewards, plan, transitions, text)
         batch = Batch(self.iteration, plan, transitions, text, gains, kl_weight)
         updates = [self.update.run(batch, part, self.should_stop) for part in range(self.config.updates_per_iteration)]
-        self.average.update()
         self.iteration += 1
         seconds = time.perf_counter() - started
         first = updates[0]
@@ -167,8 +164,7 @@ class Trainer:
     def evaluate(self) -> Metrics:
         """Rewards, path KL (nats) and diversity on the fixed held-out images; the first call measures the base."""
         owned = owned_requests(self.held_out, self.workgroup)
-        with self.average.applied():
-            scored = self.sampler.evaluate(owned)
+        scored = self.sampler.evaluate(owned)
         rewards = self._gather_rewards(scored.rewards, scored, self.held_out)
         watched = {name: self._gather_rewards(values, scored, self.held_out) for name, values in scored.watched.items()}
         elements = math.prod(self.model.latents_shape(self.model.default_height, self.model.default_width))
@@ -190,7 +186,7 @@ class Trainer:
         """
         reason = broken_rule(self.config.guard, self.history)
         if reason is None:
-            self._kept = (self.iteration, self.average.copies())
+            self._kept = (self.iteration, [parameter.detach().clone() for parameter in self.parameters])
             return {}
         iteration, kept = self._kept
         if not iteration:
@@ -198,7 +194,9 @@ class Trainer:
                 f"{self.config.name!r} broke a rule at its first evaluation, in iteration {self.iteration} ({reason}): "
                 "lower learning_rate or eval_every, or widen the rule"
             )
-        self.average.restart(kept)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, kept, strict=True):
+                parameter.copy_(value)
         self.finished = True
         return {"stopped": reason, "kept_iteration": iteration}
 
@@ -214,7 +212,6 @@ class Trainer:
             "value": self.value.state_dict(),
             "statistics": self.statistics.state_dict(),
             "control": self.control.state_dict(),
-            "average": self.average.state_dict(),
             "finished": self.finished,
             "kept": {"iteration": self._kept[0], "parameters": [value.cpu() for value in self._kept[1]]},
             "base": self.base,
@@ -232,7 +229,6 @@ class Trainer:
         self.value.load_state_dict(state["value"])
         self.statistics.load_state_dict(state["statistics"])
         self.control.load_state_dict(state["control"])
-        self.average.load_state_dict(state["average"])
         self.finished = state["finished"]
         kept = state["kept"]
         self._kept = (kept["iteration"], [value.to(self.model.device) for value in kept["parameters"]])

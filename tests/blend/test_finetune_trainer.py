@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state, write_checkpoint
+from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state
 from blend.finetune.config import TrainConfig
 from blend.finetune.errors import FinetuneError, NonFiniteError, ResumeError, StoppedError
 from blend.finetune.held_out import published
@@ -146,7 +146,7 @@ def parameters_of(trainer):
 
 @pytest.mark.parametrize("objective", ["dpok", "ddpo", "grpo"])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make_trainer, tmp_path, objective):
-    changes = {"objective": objective, "updates_per_iteration": 2, "ema_decay": 0.9, "kl_target": 0.5}
+    changes = {"objective": objective, "updates_per_iteration": 2, "kl_target": 0.5}
     whole = make_trainer(**changes)
     run_training(whole, save=CheckpointFolder(tmp_path / "whole").save)
 
@@ -262,24 +262,6 @@ def test_a_stop_between_micro_batches_leaves_the_adapter_as_it_was(make_trainer)
     assert len(learning) == 2
     for old, new in zip(before, trainer.parameters, strict=True):
         assert torch.equal(old, new)
-
-
-def test_the_average_is_evaluated_and_saved_and_the_latest_is_trained(make_trainer, tmp_path):
-    trainer = make_trainer(Redness(), ema_decay=0.9, iterations=3, eval_every=1, learning_rate=0.01)
-    seen = []
-    run_training(trainer, save=lambda trainer: seen.append(parameters_of(trainer)))
-    means = [torch.stack(each).mean(0) for each in zip(*seen, strict=True)]  # of the few first, the plain mean
-    write_checkpoint(trainer, tmp_path)
-    saved = load_file(tmp_path / ADAPTER_FILE)
-    ups = torch.cat([saved[key].flatten() for key in sorted(saved) if "lora_B" in key])
-    expected = make_trainer(Redness())
-    expected.average.restart(means)
-    expected.bank.save("colour", tmp_path / "expected")
-    wanted = load_file(tmp_path / "expected" / ADAPTER_FILE)
-    torch.testing.assert_close(ups, torch.cat([wanted[key].flatten() for key in sorted(wanted) if "lora_B" in key]))
-    assert trainer.history[-1]["held_out_mean"] == pytest.approx(expected.evaluate()["held_out_mean"], abs=1e-5)
-    for latest, now in zip(seen[-1], trainer.parameters, strict=True):
-        assert torch.equal(latest, now)
 
 
 def test_kl_target_holds_the_held_out_path_kl(make_trainer):
