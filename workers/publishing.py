@@ -32,7 +32,7 @@ def check_store(store_url: str | None) -> None:
 
 def run_directory(config: TrainConfig) -> Path:
     """Where a run keeps its checkpoints: the same for the same run, so that a retry resumes instead of repeating."""
-    return read_settings().cache_dir / "training" / f"{config.name}-{TrainJob.prepare(config).digest}"
+    return read_settings().cache_dir / "training" / TrainJob.prepare(config).run
 
 
 def publish_fit(

@@ -3,13 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from blend.finetune.checkpoint import CheckpointFolder, read_state
+from blend.finetune.checkpoint import Checkpoints, read_state
 from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import ConfigError
 from blend.finetune.held_out import Metrics
@@ -19,7 +21,9 @@ from blend.finetune.trainer import Trainer
 from blend.finetune.workgroup import Workgroup
 from blend.model import load_model, model_hash
 from blend.rewards import MovableReward, Reward, RewardError, load_reward
+from infra.settings import read_settings
 from workers.bundles import resolve_base
+from workers.checkpoints import checkpoint_location, open_checkpoints
 from workers.training_log import ProgressLog
 from workers.training_result import FitResult, write_result
 
@@ -61,6 +65,11 @@ class TrainJob(BaseModel):
             version("diffusion-blend"),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def run(self) -> str:
+        """What this run is called wherever its checkpoints are kept: name and digest."""
+        return f"{self.config.name}-{self.digest}"
 
     def trainer(
         self, device: str = "cpu", workgroup: Workgroup | None = None, rewards: Mapping[str, Reward] | None = None
@@ -105,44 +114,69 @@ def fit_basis(
 ) -> FitResult:
     """Train, then write the adapter's directory; called again with the same arguments it resumes or returns.
 
-    storage_path holds the checkpoints (default output_dir/checkpoints) and must be visible to all nodes when
-    there are several. on_progress runs in the calling thread with each iteration's metrics.
+    storage_path, a directory or a store's URL, holds the checkpoints (default: output_dir/checkpoints, or with the
+    registry when the settings' store is in S3); when there are several nodes, it must be visible to all of them.
+    on_progress runs in the calling thread with each iteration's metrics.
     """
     output_dir = Path(output_dir).resolve()
     job = TrainJob.prepare(config)
+    location = str(storage_path or checkpoint_location(job.run, output_dir))
+    if "://" not in location:
+        location = str(Path(location).expanduser().resolve())
+    open_here = partial(open_checkpoints, location, output_dir / "checkpoints", read_settings())
+    checkpoints = open_here()
     output_dir.mkdir(parents=True, exist_ok=True)
-    storage = Path(storage_path).resolve() if storage_path is not None else output_dir / "checkpoints"
     with ProgressLog(config, output_dir / "metrics.jsonl", on_progress, show_bar) as log:
         if config.num_workers == 0:
-            checkpoint = fit_in_process(job, storage, log)
+            checkpoint = fit_in_process(job, checkpoints, log)
         else:
             from workers.training_ray import fit_on_ray
 
-            checkpoint = fit_on_ray(job, storage, log)
+            checkpoint = fit_on_ray(job, open_here, log)
     return write_result(job, checkpoint, output_dir)
 
 
 def fit_in_process(
     job: TrainJob,
-    storage: Path,
+    checkpoints: Checkpoints,
     on_metrics: Callable[[Metrics], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Train here, from the newest checkpoint in `storage` if there is one; returns the last checkpoint."""
-    folder = CheckpointFolder(storage)
+    """Train here, from the newest checkpoint if there is one; returns the last checkpoint."""
     device = "cuda" if job.config.use_gpu else "cpu"
     if job.config.use_gpu and not torch.cuda.is_available():
         raise ConfigError("use_gpu is true: this machine has no CUDA device; set it to false")
-    latest = folder.latest()
-    state = read_state(latest) if latest else None
-    if state is not None:
-        require_resumable(job.config, state["settings"], job.base_hash)
-    if latest and state is not None and state["iteration"] >= job.config.iterations:
+    latest, state = read_resumable(job, checkpoints)
+    if latest and state and is_finished(state, job.config):
         return latest
     trainer = job.trainer(device)
+    trainer.should_stop = should_stop
     if state is not None:
-        trainer.load_state_dict(state)
-    run_training(trainer, save=folder.save, on_metrics=on_metrics, should_stop=should_stop)
-    newest = folder.latest()
+        resume(trainer, state)
+    run_training(trainer, save=checkpoints.save, on_metrics=on_metrics, should_stop=should_stop)
+    newest = checkpoints.latest()
     assert newest is not None
     return newest
+
+
+def read_resumable(job: TrainJob, checkpoints: Checkpoints) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest checkpoint and its state, if any; ResumeError names the settings in which it is another run's."""
+    latest = checkpoints.latest()
+    if latest is None:
+        return None, None
+    state = read_state(latest)
+    require_resumable(job.config, state["settings"], job.base_hash)
+    return latest, state
+
+
+def is_finished(state: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether there is nothing left to train; a run that stopped early goes on only when `iterations` was raised."""
+    if state["iteration"] >= config.iterations:
+        return True
+    return bool(state.get("finished")) and state["history"][-1]["iterations"] >= config.iterations
+
+
+def resume(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Load a checkpoint's state; a run that stopped early begins anew where `iterations` was raised since."""
+    trainer.load_state_dict(state)
+    trainer.finished = trainer.finished and is_finished(state, trainer.config)

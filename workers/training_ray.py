@@ -1,19 +1,29 @@
-"""The Ray Train side of fit_basis: worker loop, progress to the driver, stopping."""
+"""The Ray Train side of fit_basis: worker loop, progress to the driver, restarts and stopping.
+
+Checkpoints are the run's own (see workers.checkpoints), not Ray's: a group of workers, however it was started,
+goes on from what rank 0 finds there.
+"""
 
 import os
+import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device
+from torch import distributed as dist
 
-from blend.finetune.checkpoint import read_state, write_checkpoint
-from blend.finetune.errors import ConfigError, FinetuneError
+from blend.finetune.checkpoint import STATE_FILE, Checkpoints, parse_state
+from blend.finetune.errors import ConfigError, FinetuneError, StoppedError
 from blend.finetune.held_out import Metrics
 from blend.finetune.loop import run_training
 from blend.finetune.trainer import Trainer
@@ -21,61 +31,50 @@ from blend.finetune.workgroup import TorchWorkgroup, Workgroup
 from blend.rewards import Reward
 from workers.cluster import ray_session
 from workers.reward_actors import reward_actors
-from workers.training import TrainJob
+from workers.training import TrainJob, is_finished, read_resumable, resume
+from workers.training_board import MAX_FAILURES, Board
 
 POLL_SECONDS = 0.2
-STOP_SECONDS = 60
-# a crashed worker group starts again from the last checkpoint; errors of the run itself are never retried
-MAX_FAILURES = 3
+# how long workers may take to stop by themselves, and then to be killed
+STOP_SECONDS = 5
+KILL_SECONDS = 3
 
 
-class Board:
-    """An actor between workers and driver: metrics and errors one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self._metrics: list[Metrics] = []
-        self._error: FinetuneError | None = None
-        self._stopping = False
-
-    def post(self, metrics: Metrics) -> None:
-        self._metrics.append(metrics)
-
-    def fail(self, error: FinetuneError) -> None:
-        self._error = error
-
-    def drain(self) -> tuple[list[Metrics], FinetuneError | None]:
-        """Metrics posted since the last call, and the error that ended the run if there is one."""
-        metrics, self._metrics = self._metrics, []
-        return metrics, self._error
-
-    def request_stop(self) -> None:
-        self._stopping = True
-
-    def stopping(self) -> bool:
-        return self._stopping
-
-
-def fit_on_ray(job: TrainJob, storage: Path, on_metrics: Callable[[Metrics], None]) -> Path:
-    """Train on `num_workers` Ray workers, resuming what `storage` holds; returns the last checkpoint.
+def fit_on_ray(
+    job: TrainJob, open_checkpoints: Callable[[], Checkpoints], on_metrics: Callable[[Metrics], None]
+) -> Path:
+    """Train on `num_workers` Ray workers, resuming from the newest checkpoint; returns the last one.
 
     Uses the Ray in use if there is one. The coordinating actors take no CPU, so that runs of one worker each
-    share a cluster of as many CPUs. An exception in the calling thread (Ctrl-C, a cancelled flow) stops the
-    workers after their current iteration.
+    share a cluster of as many CPUs. An exception in the calling thread (Ctrl-C, SIGTERM, a cancelled flow) stops the
+    workers within seconds, wherever they are; what was kept before can be resumed.
     """
-    workers = job.config.num_workers
+    config = job.config
+    checkpoints = open_checkpoints()
+    latest, state = read_resumable(job, checkpoints)
+    if latest and state and is_finished(state, config):
+        return latest
+    workers = config.num_workers
     # where rewards take GPUs too, a private cluster has all there are
-    num_gpus = workers if job.config.use_gpu and not job.config.reward_gpus else None
-    with ray_session(num_cpus=workers, num_gpus=num_gpus), reward_actors(job.config) as rewards:
+    num_gpus = workers if config.use_gpu and not config.reward_gpus else None
+    with (
+        _sigterm_raises() as restore,
+        ray_session(num_cpus=workers, num_gpus=num_gpus),
+        reward_actors(config) as rewards,
+        tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as bookkeeping,
+    ):
+        restore()
         _require_resources(job)
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = ray.remote(num_cpus=0)(Board).remote(state["iteration"] if state else -1)
         trainer = TorchTrainer(
-            lambda: worker_loop(job, board, rewards),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.config.use_gpu),
+            lambda: worker_loop(job, board, open_checkpoints, rewards),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=config.use_gpu),
             run_config=RunConfig(
-                name=job.config.name,
-                storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                name=config.name,
+                storage_path=bookkeeping,
+                # how often is for the board to say, which knows of progress
+                failure_config=FailureConfig(max_failures=-1),
+                callbacks=[Crashes(board)],
             ),
         )
         fit = _Fit(trainer)
@@ -84,20 +83,20 @@ def fit_on_ray(job: TrainJob, storage: Path, on_metrics: Callable[[Metrics], Non
             while fit.is_alive():
                 fit.join(POLL_SECONDS)
                 _relay(board, on_metrics)
+            error = _relay(board, on_metrics)
         except BaseException:
-            ray.get(board.request_stop.remote())
-            fit.join(STOP_SECONDS)
+            _stop(board, fit)
             raise
-        error = _relay(board, on_metrics)
         if error is not None:
             raise error
         if fit.error is not None:
             raise FinetuneError(
-                f"{job.config.name!r} failed on Ray after {MAX_FAILURES} restarts ({fit.error}): run it again "
-                f"to resume from the last checkpoint in {storage}"
+                f"{config.name!r} failed on Ray {MAX_FAILURES} times in a row without progress "
+                f"({ray.get(board.failure.remote()) or fit.error}): run it again to resume from the last checkpoint"
             ) from fit.error
-        assert fit.result is not None
-        return Path(fit.result.checkpoint.path)
+    newest = checkpoints.latest()
+    assert newest is not None
+    return newest
 
 
 class _Fit(threading.Thread):
@@ -106,17 +105,64 @@ class _Fit(threading.Thread):
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._trainer = trainer
-        self.result: ray.train.Result | None = None
         self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self.result = self._trainer.fit()
+            self._trainer.fit()
         except Exception as error:
             self.error = error
 
 
-def _relay(board: "ray.actor.ActorHandle", on_metrics: Callable[[Metrics], None]) -> FinetuneError | None:
+class Crashes(UserCallback):
+    """Counts the crashes of worker groups, in Ray's controller; raising there ends the run instead of restarting it."""
+
+    def __init__(self, board: ActorHandle) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        lines = [f"rank {rank}: {_last_line(error)}" for rank, error in worker_exceptions.items()]
+        if ray.get(self._board.crash.remote("; ".join(lines))):
+            raise FinetuneError("no further restart")
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says, without the worker's traceback before it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[Callable[[], None]]:
+    """Yield what makes SIGTERM raise in the main thread again after ray.init took it, which would drain for long.
+
+    Whoever handled SIGTERM before (Prefect's engine raises at it) goes on doing so; by default it is SystemExit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    try:
+        yield lambda: signal.signal(signal.SIGTERM, leave if before == signal.SIG_DFL else before) and None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(board: ActorHandle, fit: _Fit) -> None:
+    """Ask the workers to stop, then end those that did not; the cluster may be gone already."""
+    with suppress(Exception):
+        ray.get(board.request_stop.remote(), timeout=STOP_SECONDS)
+        fit.join(STOP_SECONDS)
+        if fit.is_alive():
+            for worker in ray.get(board.workers.remote(), timeout=KILL_SECONDS):
+                ray.kill(worker)
+            fit.join(KILL_SECONDS)
+
+
+def _relay(board: ActorHandle, on_metrics: Callable[[Metrics], None]) -> FinetuneError | None:
     metrics, error = ray.get(board.drain.remote())
     for line in metrics:
         on_metrics(line)
@@ -133,39 +179,74 @@ def _require_resources(job: TrainJob) -> None:
         )
 
 
-def worker_loop(job: TrainJob, board: "ray.actor.ActorHandle", rewards: Mapping[str, Reward]) -> None:
-    """What each Ray Train worker runs; rank 0 writes checkpoints and posts metrics."""
+def worker_loop(
+    job: TrainJob, board: ActorHandle, open_checkpoints: Callable[[], Checkpoints], rewards: Mapping[str, Reward]
+) -> None:
+    """What each Ray Train worker runs; rank 0 reads and writes checkpoints and posts metrics."""
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    device = get_device()
-    alone = ray.train.get_context().get_world_size() == 1
-    workgroup = Workgroup() if alone else TorchWorkgroup(device)
-    first = workgroup.rank == 0
+    context = ray.train.get_context()
+    if not ray.get(board.enter.remote(context.get_world_rank(), ray.get_runtime_context().current_actor)):
+        return
+    with _watch(board) as stop:
+        try:
+            workgroup = TorchWorkgroup(get_device()) if context.get_world_size() > 1 else Workgroup()
+            trainer = job.trainer(str(get_device()), workgroup, rewards)
+            trainer.should_stop = stop.is_set
+            train_rank(trainer, board, open_checkpoints)
+        except Exception as error:
+            if isinstance(error, FinetuneError):
+                if not isinstance(error, StoppedError):
+                    ray.get(board.fail.remote(error))
+            elif not stop.is_set() and not ray.get(board.over.remote()):
+                raise
+            # whoever waits for this rank in a sum gets an error instead of waiting on
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def train_rank(trainer: Trainer, board: ActorHandle, open_checkpoints: Callable[[], Checkpoints]) -> None:
+    """One rank's training, from the checkpoint that rank 0 finds: all get its bytes, so all begin at the same place."""
+    first = trainer.workgroup.rank == 0
+    checkpoints = open_checkpoints() if first else None
+    latest = checkpoints.latest() if checkpoints else None
+    if kept := trainer.workgroup.share((latest / STATE_FILE).read_bytes() if latest else b""):
+        resume(trainer, parse_state(kept))
 
     def save(trainer: Trainer) -> None:
-        facts = {"iteration": trainer.iteration}
-        if not first:
-            ray.train.report(facts)
-            return
-        with tempfile.TemporaryDirectory() as directory:
-            write_checkpoint(trainer, Path(directory))
-            ray.train.report(facts, checkpoint=Checkpoint.from_directory(directory))
+        if checkpoints:
+            checkpoints.save(trainer)
+            ray.get(board.keep.remote(trainer.iteration))
 
-    def should_stop() -> bool:
-        # every rank must agree, or the others would wait for the one that left
-        asked = torch.tensor([float(first and ray.get(board.stopping.remote()))])
-        return bool(workgroup.sum_(asked).item())
-
-    try:
-        trainer = job.trainer(str(device), workgroup, rewards)
-        if (checkpoint := ray.train.get_checkpoint()) is not None:
-            with checkpoint.as_directory() as directory:
-                trainer.load_state_dict(read_state(Path(directory)))
-        run_training(
-            trainer,
-            save=save,
-            on_metrics=lambda metrics: ray.get(board.post.remote(metrics)) if first else None,
-            should_stop=should_stop,
-        )
-    except FinetuneError as error:
+    def post(metrics: Metrics) -> None:
         if first:
-            ray.get(board.fail.remote(error))
+            ray.get(board.post.remote(metrics))
+
+    if first:
+        ray.get(board.keep.remote(trainer.iteration))
+        for metrics in trainer.history:
+            post(metrics)
+    run_training(trainer, save=save, on_metrics=post, should_stop=trainer.should_stop)
+
+
+@contextmanager
+def _watch(board: ActorHandle) -> Iterator[threading.Event]:
+    """An event that is set within POLL_SECONDS of the wish to stop, or when there is nobody left to ask."""
+    stop, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(POLL_SECONDS):
+            try:
+                over = ray.get(board.over.remote())
+            except Exception:
+                over = True
+            if over:
+                stop.set()
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="watch-board")
+    thread.start()
+    try:
+        yield stop
+    finally:
+        done.set()
+        thread.join()

@@ -13,6 +13,10 @@ class ResumeError(FinetuneError):
     """A checkpoint of another configuration; the message names the differing keys."""
 
 
+class CheckpointError(FinetuneError):
+    """A checkpoint could not be stored or read for so long that the run ended; the message says what is kept where."""
+
+
 class NonFiniteError(FinetuneError):
     """NaN or infinity in a reward or a loss; the message names the step, the prompts and the seeds."""
 

@@ -1,4 +1,4 @@
-"""How the workers of one run agree: one sum over all of them, and nothing else."""
+"""How the workers of one run agree: a sum over all of them, and nothing else."""
 
 from collections.abc import Iterable, Sequence
 
@@ -26,6 +26,15 @@ class Workgroup:
         whole = values.new_zeros((count, *values.shape[1:]))
         whole[torch.as_tensor(indices, dtype=torch.long, device=values.device)] = values
         return self.sum_(whole)
+
+    def share(self, data: bytes) -> bytes:
+        """The bytes of rank 0, on every worker; what the others pass is ignored."""
+        if self.size == 1:
+            return data
+        held = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 and data else None
+        length = int(self.sum_(torch.tensor([0 if held is None else len(held)])).item())
+        whole = torch.zeros(length, dtype=torch.uint8) if held is None else held
+        return self.sum_(whole).numpy().tobytes() if length else b""
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum the gradients over all workers, in one transfer; a missing gradient counts as zero."""
