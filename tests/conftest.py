@@ -149,26 +149,63 @@ class S3Server:
         }
 
 
+@dataclass
+class S3Process:
+    """A server of one's own, that may be ended and started again where it was, with what it holds."""
+
+    directory: Path
+    ports: list[int]
+    process: subprocess.Popen[bytes]
+
+    @property
+    def facts(self) -> S3Server:
+        return S3Server(endpoint_url=f"http://127.0.0.1:{self.ports[0]}")
+
+    def start(self) -> None:
+        self.process = _start_weed(self.directory, self.ports)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """SeaweedFS on free ports of 127.0.0.1; the session fails when it does not start."""
+    server = _open_s3(tmp_path_factory)
+    yield server.facts
+    server.close()
+
+
+@pytest.fixture
+def start_s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], S3Process]]:
+    """Factory of servers that the test may end."""
+    servers: list[S3Process] = []
+
+    def start() -> S3Process:
+        servers.append(_open_s3(tmp_path_factory))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def _open_s3(tmp_path_factory: pytest.TempPathFactory) -> S3Process:
     logs = []
     for _ in range(3):
-        directory = tmp_path_factory.mktemp("weed")
-        ports = _free_port_pairs(5)
-        process = _start_weed(directory, ports)
-        try:
-            server = S3Server(endpoint_url=f"http://127.0.0.1:{ports[0]}")
-            if _first_write_succeeds(server, process):
-                yield server
-                return
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        directory, ports = tmp_path_factory.mktemp("weed"), _free_port_pairs(5)
+        server = S3Process(directory, ports, _start_weed(directory, ports))
+        if _first_write_succeeds(server.facts, server.process):
+            return server
+        server.close()
         logs.append((directory / "log").read_text()[-2000:])
     pytest.fail("SeaweedFS did not start three times over; its logs end:\n" + "\n---\n".join(logs))
 
@@ -188,9 +225,9 @@ def _start_weed(directory: Path, ports: list[int]) -> subprocess.Popen[bytes]:
     ]
     config = directory / "s3.json"
     config.write_text(json.dumps({"identities": identities}))
-    (directory / "data").mkdir()
+    (directory / "data").mkdir(exist_ok=True)
     names = ("s3", "master", "volume", "filer", "admin")
-    with (directory / "log").open("wb") as log:
+    with (directory / "log").open("ab") as log:
         return subprocess.Popen(
             [
                 str(Path(sys.executable).with_name("weed")),

@@ -177,6 +177,6 @@ def is_finished(state: dict[str, Any], config: TrainConfig) -> bool:
 
 
 def resume(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Load a checkpoint's state; a run that stopped early begins anew where `iterations` was raised since."""
+    """Load a checkpoint's state; a run that stopped early goes on where `iterations` was raised since."""
     trainer.load_state_dict(state)
     trainer.finished = trainer.finished and is_finished(state, trainer.config)

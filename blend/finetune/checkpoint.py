@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from blend.finetune.errors import ResumeError
+from blend.finetune.errors import CheckpointError, ResumeError
 from blend.finetune.metadata import adapter_metadata
 from blend.finetune.trainer import Trainer
 
@@ -119,8 +119,14 @@ class CheckpointFolder:
         return None
 
     def save(self, trainer: Trainer) -> Path:
-        """Write beside, then rename: the name exists only when every byte does."""
-        return self.adopt(write_checkpoint(trainer, self.unfinished()), trainer.iteration)
+        """Write beside, then rename: the name exists only when every byte does. CheckpointError when it cannot."""
+        try:
+            return self.adopt(write_checkpoint(trainer, self.unfinished()), trainer.iteration)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of iteration {trainer.iteration} cannot be written to {self.directory} "
+                f"({error.strerror or error}): make room there and run again to resume from the one before"
+            ) from error
 
     def unfinished(self) -> Path:
         """A new directory to write a checkpoint into, which a crash may leave behind."""

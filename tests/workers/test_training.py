@@ -103,10 +103,10 @@ def test_same_call_again_trains_nothing_and_gives_the_same(fitted):
 
 def test_interrupted_fit_resumes_to_the_same_adapter(fitted, settings, tmp_path):
     job = TrainJob.prepare(TrainConfig.parse(settings))
-    announced = []
+    announced, folder = [], CheckpointFolder(tmp_path / "checkpoints")
     with pytest.raises(StoppedError):
-        fit_in_process(job, tmp_path / "checkpoints", announced.append, should_stop=lambda: len(announced) > 1)
-    assert CheckpointFolder(tmp_path / "checkpoints").latest().name == "iteration_000001"
+        fit_in_process(job, folder, announced.append, should_stop=lambda: len(announced) > 1)
+    assert folder.latest().name == "iteration_000001"
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in announced))
     live = []
     resumed = fit_basis(
