@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from blend.finetune.config import Guard
 from blend.finetune.rollout import Request, Scored
@@ -13,6 +14,7 @@ from blend.finetune.workgroup import Workgroup
 from blend.metrics import diversity
 
 Metrics = dict[str, Any]
+SHEET_IMAGES, SHEET_PIXELS = 8, 256
 
 
 def owned_requests(requests: Sequence[Request], workgroup: Workgroup) -> list[Request]:
@@ -70,6 +72,18 @@ def published(history: Sequence[Metrics]) -> Metrics:
     evaluations = [line for line in history if "held_out_mean" in line]
     kept = history[-1].get("kept_iteration")
     return evaluations[-1] if kept is None else next(line for line in evaluations if line["iteration"] == kept)
+
+
+def sheet_row(scored: Scored) -> Tensor:
+    """The first image of each of the first prompts, for people to look at: uint8 [n, 3, h, w], sides of at most 256."""
+    groups = [request.group for request in scored.requests]
+    first = [place for place, group in enumerate(groups) if place == 0 or groups[place - 1] != group]
+    images = scored.images[first[:SHEET_IMAGES]]
+    # every checkpoint holds all rows so far
+    scale = min(1.0, SHEET_PIXELS / max(images.shape[2:]))
+    if scale < 1:
+        images = functional.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _moments(values: Tensor) -> Metrics:

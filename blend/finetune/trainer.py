@@ -14,7 +14,7 @@ from blend.engine import BlendEngine
 from blend.finetune import advantages
 from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import FinetuneError, NonFiniteError
-from blend.finetune.held_out import Metrics, broken_rule, owned_requests, summarise
+from blend.finetune.held_out import Metrics, broken_rule, owned_requests, sheet_row, summarise
 from blend.finetune.kl_control import KLControl
 from blend.finetune.objectives import OBJECTIVES
 from blend.finetune.policy import Policy, Transitions
@@ -28,7 +28,6 @@ from blend.rewards import Reward
 TILE_ROWS = 64
 # of rollouts in flight at their peak, with the base beside the adapter: a tile of samples at the other steps
 ENGINE_ROWS = 2 * TILE_ROWS
-SHEET_IMAGES = 8
 
 
 class Trainer:
@@ -170,8 +169,7 @@ class Trainer:
         elements = math.prod(self.model.latents_shape(self.model.default_height, self.model.default_width))
         nats = torch.tensor([elements * (output.path_kl or 0.0) for output in scored.outputs])
         path_kl = self.workgroup.gather(nats, [request.index for request in owned], len(self.held_out))
-        first = [place for place, one in enumerate(owned) if place == 0 or owned[place - 1].group != one.group]
-        self.sheets[self.iteration] = (scored.images[first[:SHEET_IMAGES]] * 255).round().to(torch.uint8)
+        self.sheets[self.iteration] = sheet_row(scored)
         metrics = summarise(rewards, watched, path_kl, scored, self.held_out, self.workgroup)
         if self.base is None:
             self.base = (metrics["held_out_mean"], metrics["held_out_std"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blend.finetune.config import Guard, TrainConfig
-from blend.finetune.held_out import broken_rule, owned_requests, published, summarise
+from blend.finetune.held_out import broken_rule, owned_requests, published, sheet_row, summarise
 from blend.finetune.kl_control import GAIN, LARGEST, KLControl
 from blend.finetune.rollout import Scored, plan_held_out
 from blend.finetune.workgroup import Workgroup
@@ -66,6 +66,20 @@ def test_watched_rewards_keep_their_own_moments_and_diversity_is_within_a_prompt
     assert metrics["held_out_ci"] == pytest.approx(1.96 * rewards.std().item() / 5**0.5)
     assert metrics["held_out_diversity"] == pytest.approx((0.1 + 0.3) / 2)
     assert metrics["watched"]["alignment"]["mean"] == pytest.approx(0.6)
+
+
+def test_the_sheet_shows_one_image_of_each_prompt_and_large_ones_smaller():
+    settings = {"name": "x", "reward": "brightness", "held_out_images": 40, "held_out_images_per_prompt": 2}
+    requests = plan_held_out(TrainConfig.parse(settings), ["a", "b"])
+    levels = torch.arange(40) / 40
+    images = levels.view(40, 1, 1, 1).expand(40, 3, 64, 48)
+    row = sheet_row(Scored(tuple(requests), (), images, levels))
+    assert row.shape == (8, 3, 64, 48)
+    assert row[:, 0, 0, 0].tolist() == [round(255 * place / 40) for place in range(0, 16, 2)]
+    large = torch.rand(40, 3, 2, 2).repeat_interleave(256, 2).repeat_interleave(128, 3)
+    row = sheet_row(Scored(tuple(requests), (), large, levels))
+    assert row.shape == (8, 3, 256, 128)
+    torch.testing.assert_close(row[:, :, 5, 5], (255 * large[0:16:2, :, 10, 10]).round().to(torch.uint8))
 
 
 def test_a_prompts_images_stay_with_one_worker():
