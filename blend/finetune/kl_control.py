@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-# alpha follows the excess that HORIZON iterations of the present trend would lead to, since the optimiser's momentum
-# carries the KL on; without that look ahead it swings by a factor of three (tests/blend/test_finetune_held_out.py)
-GAIN, LARGEST = 2.0, 0.5
-HORIZON, LARGEST_TREND = 5.0, 0.5
-SMOOTHING = 0.7  # weight of the newest of the noisy measurements
+# alpha follows the KL that HORIZON more iterations of the present trend would lead to, since the optimiser's momentum
+# carries the policy on. The distance from the base, the root of the KL, is what grows steadily.
+GAIN, LARGEST = 1.0, 0.5
+HORIZON = 8.0
+SMOOTHING = 0.3  # weight of the newest measurement: a few prompts make it noisy
 
 
 class KLControl:
@@ -27,7 +27,7 @@ class KLControl:
         self.weight = kl_weight
         self._ratio = 1.0  # held-out KL over that of the rollouts
         self._held_out: float | None = None
-        self._level: float | None = None  # log of the rollouts' path KL, smoothed
+        self._distance: float | None = None  # root of the rollouts' path KL, smoothed
 
     def observe_held_out(self, path_kl: float) -> None:
         """Take down the held-out path KL in nats; the next `step` hears of the same policy."""
@@ -40,23 +40,19 @@ class KLControl:
             return self.weight
         if held_out is not None and held_out > 0:
             self._ratio = held_out / path_kl
-        latest = math.log(path_kl)
-        before = latest if self._level is None else self._level
-        self._level = before + SMOOTHING * (latest - before)
-        ahead = HORIZON * _within(self._level - before, LARGEST_TREND)
-        excess = self._level + math.log(self._ratio / self.kl_target) + ahead
-        self.weight = max(self.kl_weight, self.weight * math.exp(GAIN * _within(excess, LARGEST)))
+        latest = math.sqrt(path_kl)
+        before = latest if self._distance is None else self._distance
+        self._distance = before + SMOOTHING * (latest - before)
+        ahead = max(self._distance + HORIZON * (self._distance - before), 1e-6)
+        excess = math.log(ahead**2 * self._ratio / self.kl_target)
+        self.weight = max(self.kl_weight, self.weight * math.exp(GAIN * max(-LARGEST, min(LARGEST, excess))))
         return self.weight
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"weight": self.weight, "ratio": self._ratio, "held_out": self._held_out, "level": self._level}
+        return {"weight": self.weight, "ratio": self._ratio, "held_out": self._held_out, "distance": self._distance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave."""
         self.weight, self._ratio, self._held_out = state["weight"], state["ratio"], state["held_out"]
-        self._level = state["level"]
-
-
-def _within(value: float, largest: float) -> float:
-    return max(-largest, min(largest, value))
+        self._distance = state["distance"]

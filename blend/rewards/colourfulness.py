@@ -9,9 +9,9 @@ from torch import Tensor
 
 from blend.rewards import check_images
 
-# Two scenes of a hundred are more colourful (tests/blend/test_rewards.py measures it again): beyond that a picture is
+# Two of a hundred scenes are more colourful (tests/blend/test_rewards.py measures it again): beyond that a picture is
 # not better, only garish, so the reward is flat there.
-SATURATION = 1.2
+SATURATION = 1.25
 
 
 class Colourfulness:
