@@ -93,7 +93,7 @@ class TrainConfig(BaseModel):
     eval_guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
     # DDIM noise: the policy is Gaussian only for eta > 0
     eta: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # most UNet rows of one training forward: bounds memory
+    # most UNet rows of one training forward: bounds memory. Rollouts, which keep no activations, run four times as many
     micro_batch_rows: Annotated[int, Field(ge=2)] = 64
     # recompute activations in the backward pass: less memory, a forward more
     gradient_checkpointing: bool = False

@@ -25,9 +25,7 @@ from blend.finetune.workgroup import Workgroup
 from blend.model import DiffusionModel
 from blend.rewards import Reward
 
-TILE_ROWS = 64
-# of rollouts in flight at their peak, with the base beside the adapter: a tile of samples at the other steps
-ENGINE_ROWS = 2 * TILE_ROWS
+MOST_TILE_ROWS = 64
 
 
 class Trainer:
@@ -60,7 +58,9 @@ class Trainer:
         self.objective = OBJECTIVES[config.objective]
         self.policy = Policy(config, model, self.bank)
         self.update = PolicyUpdate(config, self.policy, self.parameters, self.workgroup)
-        engine = BlendEngine(model, self.bank, max_rows=ENGINE_ROWS, tile_rows=TILE_ROWS)
+        tile_rows = min(MOST_TILE_ROWS, 4 * config.micro_batch_rows)
+        # at their peak samples run the base beside the adapter: twice a tile's rows are a tile at the other steps
+        engine = BlendEngine(model, self.bank, max_rows=2 * tile_rows, tile_rows=tile_rows)
         self.should_stop: Callable[[], bool] = lambda: False  # asked between engine steps and between micro-batches
         self.sampler = Sampler(config, engine, reward, watched or {})
         self.sampler.should_stop = lambda: self.should_stop()
