@@ -64,27 +64,3 @@ def test_memory_is_measured_for_every_path(script, capsys, path):
     lines, _ = lines_of(capsys)
     assert lines[0]["weight_bytes"] > 0
     assert bool(lines[0]["merged_bytes"]) == (path == "merged")
-
-
-def test_fine_tuning_is_measured_in_every_case(script, capsys):
-    finetune = script("finetune")
-    finetune.main(
-        [
-            "--size",
-            "tiny",
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-            "--images",
-            "8",
-            "--iterations",
-            "1",
-            "--steps",
-            "6",
-        ]
-    )
-    lines, table = lines_of(capsys)
-    assert len(lines) == len(finetune.CASES)
-    assert all(line["images_per_gpu_hour"] > 0 and line["ratio_deviation"] < 1e-4 for line in lines)
-    assert table.count("\n| 6 |") == len(finetune.CASES)
