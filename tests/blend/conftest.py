@@ -1,15 +1,19 @@
-"""Loaded tiny models and banks of adapters, shared and never changed by a test."""
+"""Loaded tiny models and banks of adapters, shared and never changed by a test; trainers, made anew for each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from blend.adapters import AdapterBank
+from blend.finetune.config import TrainConfig
+from blend.finetune.trainer import Trainer
+from blend.finetune.workgroup import Workgroup
 from blend.model import DiffusionModel, load_model
+from blend.rewards import Reward, load_reward
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +130,54 @@ def tiny_sdxl_bank(tiny_sdxl_model: DiffusionModel, sdxl_adapter_dirs: dict[str,
     for name, path in sdxl_adapter_dirs.items():
         bank.load(name, path)
     return bank
+
+
+class Redness:
+    """Mean of red minus the rest: a reward that an untrained model can move."""
+
+    name, version, range, differentiable = "redness", "1", (-1.0, 1.0), True
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+@pytest.fixture
+def redness() -> Redness:
+    return Redness()
+
+
+FINETUNING = {
+    "name": "colour",
+    "reward": "colourfulness",
+    "prompts": ("A red colored car.", "A blue colored cup.", "A green colored bird."),
+    "held_out_prompts": ("A red colored cup.", "A green colored car."),
+    "held_out_images": 4,
+    "rank": 2,
+    "iterations": 3,
+    "prompts_per_iteration": 2,
+    "images_per_prompt": 3,
+    "num_inference_steps": 4,
+    "train_steps_per_sample": 2,
+    "eval_every": 2,
+    "learning_rate": 1e-2,
+    "num_workers": 0,
+}
+
+
+@pytest.fixture
+def make_trainer(tiny_sd_dir: Path) -> Callable[..., Trainer]:
+    """A trainer of a tiny model: make(reward, workgroup, base_model, watched, precision, **settings)."""
+
+    def make(
+        reward: Reward | None = None,
+        workgroup: Workgroup | None = None,
+        base_model: Path = tiny_sd_dir,
+        watched: Mapping[str, Reward] | None = None,
+        precision: torch.dtype = torch.float32,
+        **changes: object,
+    ) -> Trainer:
+        config = TrainConfig.parse({**FINETUNING, "base_model": str(base_model), **changes})
+        model, reward = load_model(base_model, dtype=precision), reward or load_reward(config.reward)
+        return Trainer(config, model, reward, config.prompts, config.held_out_prompts, workgroup, watched=watched)
+
+    return make
