@@ -28,11 +28,12 @@ def hardware() -> str:
     return f"{model}, {cores} cores{gpu}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def write_figures(name: str, figures: dict[str, Any], *, update: bool = False) -> Path:
+def write_figures(name: str, figures: dict[str, Any], *, update: bool = False, section: str = "") -> Path:
     """Write one benchmark's result file with the command, the date and the hardware; print it as a table.
 
     update=True is for a file that several benchmarks fill: it replaces the figures that this script wrote the last
-    time and keeps the others'. Each script's command, date, hardware and keys stand under `parts`.
+    time and keeps the others'. Each script's command, date, hardware and keys stand under `parts`; a script with
+    sections that run one by one has a part for each.
     """
     path = RESULTS / f"{name}.json"
     script = Path(sys.argv[0]).stem if update else name
@@ -43,7 +44,7 @@ def write_figures(name: str, figures: dict[str, Any], *, update: bool = False) -
     }
     if update:
         earlier = json.loads(path.read_text()) if path.exists() else {}
-        facts = merge_part(earlier, script, origin, figures)
+        facts = merge_part(earlier, f"{script} --{section}" if section else script, origin, figures)
     else:
         facts = {**origin, "figures": figures}
     path.parent.mkdir(exist_ok=True)
@@ -65,7 +66,9 @@ def merge_part(facts: dict[str, Any], script: str, origin: dict[str, str], figur
     for other, part in parts.items():
         taken = sorted(set(part["keys"]) & set(figures))
         if taken:
-            raise ValueError(f"{', '.join(taken)}: written by {other}.py already; name the figures of {script}.py anew")
+            raise ValueError(
+                f"{', '.join(taken)}: written by {_file(other)} already; name the figures of {_file(script)} anew"
+            )
     own = facts.get("parts", {}).get(script, {}).get("keys", [])
     kept = {key: value for key, value in facts.get("figures", {}).items() if key not in own}
     return {
@@ -73,6 +76,11 @@ def merge_part(facts: dict[str, Any], script: str, origin: dict[str, str], figur
         "parts": {**parts, script: {**origin, "keys": sorted(figures)}},
         "figures": {**kept, **figures},
     }
+
+
+def _file(part: str) -> str:
+    script, *section = part.split(" ", 1)
+    return " ".join([f"{script}.py", *section])
 
 
 def flatten(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
