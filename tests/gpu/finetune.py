@@ -224,19 +224,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.device == "cpu":
         torch.set_num_threads(1)
-    with process_group(options.device) as (device, workgroup), tempfile.TemporaryDirectory() as scratch:
-
-        def say(line: dict[str, Any]) -> dict[str, Any]:
-            rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
-            if workgroup.rank == 0:
-                print(json.dumps({"kind": "finetune", **rounded}), flush=True)
-            return line
-
-        # every process draws the same model from the same seed
+    with tempfile.TemporaryDirectory() as scratch:
+        # every process draws its own from the same seed, and before the group exists: transformers would then save on
+        # the first process alone
         directory = save_pipeline(options.size, options.pixels, Path(scratch) / "model", getattr(torch, options.dtype))
-        lines = run(Rig(options, directory, device, workgroup), say)
-        if workgroup.rank == 0:
-            print(markdown(options, lines, device))
+        with process_group(options.device) as (device, workgroup):
+
+            def say(line: dict[str, Any]) -> dict[str, Any]:
+                rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in line.items()}
+                if workgroup.rank == 0:
+                    print(json.dumps({"kind": "finetune", **rounded}), flush=True)
+                return line
+
+            lines = run(Rig(options, directory, device, workgroup), say)
+            if workgroup.rank == 0:
+                print(markdown(options, lines, device))
 
 
 if __name__ == "__main__":
