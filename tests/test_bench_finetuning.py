@@ -163,7 +163,7 @@ def test_gains_are_in_base_deviations_with_an_interval_over_seeds(bench):
     assert figures["watched"]["alignment"]["mean"] == pytest.approx(-1.0)
     first = figures["per_seed"][0]
     assert (first["seed"], first["gain"], first["iteration"]) == (0, pytest.approx(2.0), 14)
-    assert (first["held_out_ci"], first["kl_weight"]) == (pytest.approx(0.1), 0.01)
+    assert (first["gain_ci"], first["kl_weight"]) == (pytest.approx(0.1 * 2**0.5), 0.01)
 
 
 def test_the_gain_is_that_of_the_adapter_that_is_published(bench):

@@ -88,7 +88,7 @@ class Rig:
             "images_per_hour": per_hour,
             "images_per_gpu_hour": per_hour / self.workgroup.size,
             "peak_gib": peak_bytes(self.device) / 2**30,
-            # of the first, unclipped update: rounding in this dtype
+            # of replayed steps before an iteration's update: rounding in this dtype
             "ratio_deviation": max(line["ratio_deviation"] for line in lines),
         }
 

@@ -2,9 +2,10 @@
 
 Intervals: 95 % of Student's t over the training seeds. All seeds are judged on the same held-out prompts and noise, so
 that the error of having just these images is common to them and no part of that interval; it is given with each seed as
-`held_out_ci`, the half width of a 95 % interval over images.
+`gain_ci`, the half width of a 95 % interval over images (an upper bound: it takes no account of images being paired).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -49,7 +50,7 @@ def seed_figures(seed: int, history: History) -> dict[str, Any]:
     figures = {
         "seed": seed,
         "gain": gain(base, tuned),
-        "held_out_ci": tuned["held_out_ci"] / deviation(base),
+        "gain_ci": math.hypot(tuned["held_out_ci"], base["held_out_ci"]) / deviation(base),
         "path_kl": tuned["held_out_path_kl"],
         "kl_weight": alphas[-1] if alphas else None,
         "iteration": tuned["iteration"],
