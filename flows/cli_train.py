@@ -19,7 +19,10 @@ def train(
     checkpoints: Annotated[
         str | None,
         typer.Option(
-            "--checkpoints", metavar="DIR|URL", help="Checkpoints alone: a directory that all nodes see, or s3://..."
+            "--checkpoints",
+            metavar="DIR|URL",
+            help="Checkpoints alone: a directory that all nodes see, or s3://...; default: with the registry where"
+            " that is in S3, else with the results.",
         ),
     ] = None,
     publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Register the adapter at the end.")] = True,
@@ -31,17 +34,19 @@ def train(
     config = TrainConfig.from_toml(run)
     typer.echo(f"Checking {run}: {config.name} toward {config.reward}, {config.iterations} iterations ...", err=True)
 
+    from workers.checkpoints import checkpoint_location
     from workers.publishing import check_store, publish_fit, run_directory
-    from workers.training import fit_basis
+    from workers.training import TrainJob, fit_basis
     from workers.training_report import outcome_sentence
 
     if publish:
         check_store(store_url)
     directory = output or run_directory(config)
-    typer.echo(f"Results go to {directory}, checkpoints to {checkpoints or directory / 'checkpoints'}", err=True)
+    kept = checkpoints or checkpoint_location(TrainJob.prepare(config).run, directory, store_url)
+    typer.echo(f"Results go to {directory}, checkpoints to {kept}", err=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        result = fit_basis(config, output_dir=directory, storage_path=checkpoints)
+        result = fit_basis(config, output_dir=directory, storage_path=kept)
     except KeyboardInterrupt:
         typer.echo("Interrupted: run the same command again to resume from the last checkpoint.", err=True)
         raise typer.Exit(130) from None

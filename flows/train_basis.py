@@ -51,7 +51,7 @@ def train_basis(
     resumes from: a directory that all nodes see or an s3:// URL (default: as `diffusion-blend train` has it).
     """
     config = validate_run(run, store_url)
-    result = fit(config, output_dir, checkpoints)
+    result = fit(config, output_dir, checkpoints, store_url)
     record = publish(config, result, store_url)
     report(config, result, record, store_url)
     return record.model_dump(mode="json")
@@ -75,10 +75,13 @@ def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
 
 
 @task(retries=1, retry_delay_seconds=5, retry_condition_fn=_is_transient)
-def fit(config: TrainConfig, output_dir: str | None, checkpoints: str | None) -> FitResult:
+def fit(
+    config: TrainConfig, output_dir: str | None, checkpoints: str | None, store_url: str | None = None
+) -> FitResult:
     """Train on Ray, showing progress as it goes; a cancelled one says how to go on."""
+    from workers.checkpoints import checkpoint_location
     from workers.publishing import run_directory
-    from workers.training import fit_basis
+    from workers.training import TrainJob, fit_basis
     from workers.training_display import progress_line
 
     logger = get_run_logger()
@@ -91,10 +94,11 @@ def fit(config: TrainConfig, output_dir: str | None, checkpoints: str | None) ->
         logger.info("%s %s", config.name, progress_line(metrics))
 
     directory = Path(output_dir) if output_dir else run_directory(config)
+    kept = checkpoints or checkpoint_location(TrainJob.prepare(config).run, directory, store_url)
     try:
         # where the log says less than INFO, the terminal is told
         quiet = not logger.isEnabledFor(logging.INFO)
-        result = fit_basis(config, output_dir=directory, storage_path=checkpoints, on_progress=show, show_bar=quiet)
+        result = fit_basis(config, output_dir=directory, storage_path=kept, on_progress=show, show_bar=quiet)
     except BaseException as error:
         if not isinstance(error, Exception):
             logger.warning("%s was interrupted: run the flow again with the same parameters to resume", config.name)

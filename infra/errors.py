@@ -24,6 +24,10 @@ class StoreAccessError(StoreError):
     """The store answered, and refused: wrong key, no permission, read-only directory."""
 
 
+class BucketMissingError(StoreError):
+    """The store answered: it has no bucket of this name."""
+
+
 class ObjectMissingError(StoreError):
     """No object at this path."""
 

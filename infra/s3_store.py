@@ -18,6 +18,7 @@ from fsspec.exceptions import FSTimeoutError
 from s3fs import S3FileSystem
 
 from infra.errors import (
+    BucketMissingError,
     ConflictError,
     ObjectExistsError,
     ObjectMissingError,
@@ -205,7 +206,7 @@ class S3Store(Store):
 
     def _refuse_missing_bucket(self, error: OSError) -> None:
         if _code(error) == "NoSuchBucket":
-            raise StoreError(
+            raise BucketMissingError(
                 f"bucket {self.bucket!r} does not exist at {self.endpoint}: create it, or correct "
                 "DIFFUSION_BLEND_STORE_URL"
             ) from None

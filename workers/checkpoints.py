@@ -26,7 +26,14 @@ from blend.finetune.checkpoint import (
 )
 from blend.finetune.errors import CheckpointError, ResumeError
 from blend.finetune.trainer import Trainer
-from infra.errors import ConflictError, ObjectExistsError, ObjectMissingError, StoreAccessError, StoreError
+from infra.errors import (
+    BucketMissingError,
+    ConflictError,
+    ObjectExistsError,
+    ObjectMissingError,
+    StoreAccessError,
+    StoreError,
+)
 from infra.local_store import LocalStore
 from infra.settings import Settings, read_settings
 from infra.storage import Store, open_store
@@ -37,7 +44,7 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 20.0
 
 # Trying again does not help: the store answered, and meant it.
-FINAL_ERRORS = (StoreAccessError, ObjectMissingError, ObjectExistsError, ConflictError)
+FINAL_ERRORS = (StoreAccessError, BucketMissingError, ObjectMissingError, ObjectExistsError, ConflictError)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -139,6 +146,8 @@ class StoredCheckpoints:
                 break
             try:
                 return self._fetch(entry)
+            except CheckpointError:  # a ValueError too, but the store's own trouble: nothing is known to be damaged
+                raise
             except (ObjectMissingError, ValueError) as error:
                 log.warning(
                     "the checkpoint %s/%s is damaged (%s): going on from an earlier one",

@@ -54,12 +54,10 @@ def fit_on_ray(
     latest, state = read_resumable(job, checkpoints)
     if latest and state and is_finished(state, config):
         return latest
-    workers = config.num_workers
-    # where rewards take GPUs too, a private cluster has all there are
-    num_gpus = workers if config.use_gpu and not config.reward_gpus else None
+    # a private cluster claims no CPU that is not there, and has all GPUs
     with (
         _sigterm_raises() as restore,
-        ray_session(num_cpus=workers, num_gpus=num_gpus),
+        ray_session(num_cpus=min(config.num_workers, os.cpu_count() or 1)),
         reward_actors(config) as rewards,
         tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as bookkeeping,
     ):
@@ -68,7 +66,7 @@ def fit_on_ray(
         board = ray.remote(num_cpus=0)(Board).remote(state["iteration"] if state else -1)
         trainer = TorchTrainer(
             lambda: worker_loop(job, board, open_checkpoints, rewards),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=config.use_gpu),
+            scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
             run_config=RunConfig(
                 name=config.name,
                 storage_path=bookkeeping,
@@ -77,26 +75,35 @@ def fit_on_ray(
                 callbacks=[Crashes(board)],
             ),
         )
-        fit = _Fit(trainer)
-        fit.start()
-        try:
-            while fit.is_alive():
-                fit.join(POLL_SECONDS)
-                _relay(board, on_metrics)
-            error = _relay(board, on_metrics)
-        except BaseException:
-            _stop(board, fit)
-            raise
-        if error is not None:
-            raise error
-        if fit.error is not None:
-            raise FinetuneError(
-                f"{config.name!r} failed on Ray {MAX_FAILURES} times in a row without progress "
-                f"({ray.get(board.failure.remote()) or fit.error}): run it again to resume from the last checkpoint"
-            ) from fit.error
-    newest = checkpoints.latest()
-    assert newest is not None
+        _follow(_Fit(trainer), board, on_metrics, config.name)
+    newest, state = read_resumable(job, checkpoints)
+    if newest is None or state is None or not is_finished(state, config):
+        raise FinetuneError(f"{config.name!r} was stopped on Ray before its end: run it again to resume")
     return newest
+
+
+def _follow(fit: "_Fit", board: ActorHandle, on_metrics: Callable[[Metrics], None], name: str) -> None:
+    """Run `fit` to its end, passing metrics on; raises the error that ended it, when all workers have stopped."""
+    fit.start()
+    try:
+        error = None
+        while fit.is_alive() and error is None:
+            fit.join(POLL_SECONDS)
+            error = _relay(board, on_metrics)
+        error = error or _relay(board, on_metrics)
+        if error is not None:
+            # on a GPU the others may wait for the rank that failed until nccl gives up, minutes later
+            _stop(board, fit)
+    except BaseException:
+        _stop(board, fit)
+        raise
+    if error is not None:
+        raise error
+    if fit.error is not None:
+        raise FinetuneError(
+            f"{name!r} failed on Ray {MAX_FAILURES} times in a row without progress "
+            f"({ray.get(board.failure.remote()) or fit.error}): run it again to resume from the last checkpoint"
+        ) from fit.error
 
 
 class _Fit(threading.Thread):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from blend.finetune.errors import CheckpointError, ResumeError
 from blend.finetune.metadata import adapter_metadata
@@ -46,7 +47,9 @@ def write_checkpoint(trainer: Trainer, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     config = trainer.config
     trainer.bank.save(config.name, directory, adapter_metadata(config, trainer.history))
-    torch.save(trainer.state_dict(), directory / STATE_FILE)
+    state = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError of its own, not OSError
+    torch.save(trainer.state_dict(), state)
+    (directory / STATE_FILE).write_bytes(state.getbuffer())
     files = {path.name: describe_file(path) for path in sorted(directory.iterdir())}
     (directory / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
     return directory
@@ -122,10 +125,10 @@ class CheckpointFolder:
         """Write beside, then rename: the name exists only when every byte does. CheckpointError when it cannot."""
         try:
             return self.adopt(write_checkpoint(trainer, self.unfinished()), trainer.iteration)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the checkpoint of iteration {trainer.iteration} cannot be written to {self.directory} "
-                f"({error.strerror or error}): make room there and run again to resume from the one before"
+                f"({getattr(error, 'strerror', None) or error}): make room there and run again to resume from the one before"
             ) from error
 
     def unfinished(self) -> Path:

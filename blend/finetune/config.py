@@ -147,6 +147,11 @@ class TrainConfig(BaseModel):
             raise ValueError(f"reward_actors is {self.reward_actors} and num_workers 0: actors need Ray, use 1 or more")
         if self.num_workers > self.batch_size:
             raise ValueError(f"num_workers is {self.num_workers}: more than the {self.batch_size} images")
+        if self.num_workers > (groups := -(-self.held_out_images // self.held_out_images_per_prompt)):
+            raise ValueError(
+                f"num_workers is {self.num_workers}: each evaluates whole prompts, of which held_out_images "
+                f"({self.held_out_images}) has {groups}; raise it"
+            )
         return self
 
     @property

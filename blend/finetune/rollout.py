@@ -5,7 +5,9 @@ workers and a resumed run draws what the uninterrupted one would have: there is 
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +21,7 @@ from blend.preference import Preference
 from blend.rewards import Reward, start_scoring
 
 DECODE_BATCH = 32
+POLL_SECONDS = 0.2  # between two looks at the wish to stop, while scores are waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ class Sampler:
     """Makes and scores images of one adapter with the engine that also serves.
 
     Images are decoded and handed to the rewards as samples end: one that computes elsewhere does so while the
-    others are still sampled. `should_stop` is asked between any two steps of the engine.
+    others are still sampled. `should_stop` is asked between any two steps of the engine, and while scores are waited for.
     """
 
     def __init__(
@@ -130,14 +133,14 @@ class Sampler:
         outputs = self._sample(
             requests, scoring, guidance_scale=self.config.guidance_scale, record=True, references=references
         )
-        [rewards] = scoring.scores()
+        [rewards] = scoring.scores(self._refuse_to_go_on)
         return Scored(tuple(requests), outputs, scoring.images, rewards)
 
     def evaluate(self, requests: Sequence[Request]) -> Scored:
         """Sample as it is served, with the path KL to the base measured in the same forwards."""
         scoring = Scoring(self.engine, [self.reward, *self.watched.values()], requests, keep_images=True)
         outputs = self._sample(requests, scoring, guidance_scale=self.config.eval_guidance_scale, record=False)
-        rewards, *others = scoring.scores()
+        rewards, *others = scoring.scores(self._refuse_to_go_on)
         return Scored(tuple(requests), outputs, scoring.images, rewards, dict(zip(self.watched, others, strict=True)))
 
     def _sample(
@@ -171,8 +174,7 @@ class Sampler:
             for place, sample in enumerate(samples):
                 places[self.engine.submit(sample)] = place
             while not self.engine.idle:
-                if self.should_stop():
-                    raise StoppedError(f"{self.config.name!r} was stopped while sampling: run it again to resume")
+                self._refuse_to_go_on()
                 for ticket, output in self.engine.step().items():
                     outputs[places[ticket]] = output
                     scoring.add(places[ticket], output)
@@ -180,6 +182,11 @@ class Sampler:
             for ticket in places:
                 self.engine.abort(ticket)
         return tuple(outputs[place] for place in range(len(samples)))
+
+    def _refuse_to_go_on(self) -> None:
+        """Raise StoppedError when asked to stop."""
+        if self.should_stop():
+            raise StoppedError(f"{self.config.name!r} was stopped while sampling: run it again to resume")
 
 
 class Scoring:
@@ -203,15 +210,18 @@ class Scoring:
         if len(self._ended) == DECODE_BATCH:
             self._start()
 
-    def scores(self) -> list[Tensor]:
-        """Wait for the scores [N] of each reward; FinetuneError names a reward that failed, prompts and seeds."""
+    def scores(self, poll: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """Wait for the scores [N] of each reward; FinetuneError names a reward that failed, prompts and seeds.
+
+        poll is called while there is nothing but waiting, and may raise.
+        """
         if self._ended:
             self._start()
         found = [torch.full((len(self._requests),), float("nan")) for _ in self._rewards]
         for places, waits in self._started:
             for reward, wait, scores in zip(self._rewards, waits, found, strict=True):
                 with self._naming(reward, places):
-                    scores[places] = wait()
+                    scores[places] = _result_of(wait, poll)
         return found
 
     def _start(self) -> None:
@@ -233,9 +243,27 @@ class Scoring:
     def _naming(self, reward: Reward, places: Sequence[int]) -> Iterator[None]:
         try:
             yield
+        except StoppedError:
+            raise
         except Exception as error:
             first = "; ".join(str(self._requests[place]) for place in places[:3])
             raise FinetuneError(
                 f"the reward {reward.name!r} failed on {len(places)} images, first {first}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _result_of(wait: Callable[[], Tensor], poll: Callable[[], None]) -> Tensor:
+    """What `wait` returns or raises; it may never do so, therefore elsewhere, and `poll` is called here meanwhile."""
+    future: futures.Future[Tensor] = futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(wait())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="wait-for-scores").start()
+    while not futures.wait([future], timeout=POLL_SECONDS).done:
+        poll()
+    return future.result()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blend.adapters import AdapterBank
+from blend.adapters import AdapterBank, AdapterError
 from blend.conditioning import Conditioning
 from blend.engine import BlendEngine
 from blend.finetune import advantages
 from blend.finetune.config import TrainConfig, require_resumable
-from blend.finetune.errors import FinetuneError, NonFiniteError
+from blend.finetune.errors import ConfigError, FinetuneError, NonFiniteError
 from blend.finetune.held_out import Metrics, broken_rule, owned_requests, sheet_row, summarise
 from blend.finetune.kl_control import KLControl
 from blend.finetune.objectives import OBJECTIVES
@@ -54,7 +54,10 @@ class Trainer:
         self.workgroup = workgroup or Workgroup()
         self.base_hash = base_hash
         self.bank = AdapterBank(model.unet, base_hash=base_hash)
-        self.parameters = self.bank.add_trainable(config.name, rank=config.rank, seed=config.seed)
+        try:
+            self.parameters = self.bank.add_trainable(config.name, rank=config.rank, seed=config.seed)
+        except AdapterError as error:
+            raise ConfigError(f"base_model is {config.base_model!r}, which cannot be tuned: {error}") from error
         self.objective = OBJECTIVES[config.objective]
         self.policy = Policy(config, model, self.bank)
         self.update = PolicyUpdate(config, self.policy, self.parameters, self.workgroup)

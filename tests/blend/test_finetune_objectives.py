@@ -67,24 +67,40 @@ def test_loss_gradient_matches_finite_differences(name):
     assert torch.autograd.gradcheck(loss, (mean,))
 
 
+BATCH = 4096
+
+
+def baseline_of(name, statistics):
+    """Rewards [N] of one prompt to advantages, as the objective's own baseline takes them; the value is the mean."""
+    if OBJECTIVES[name].baseline == "running":
+        return lambda rewards: statistics.advantages(rewards, ["one prompt"] * len(rewards))
+    return lambda rewards: advantages.group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
-def test_toy_reward_reaches_the_kl_regularised_optimum(alpha):
-    """Base N(0, 1), reward b x: the optimum of E[r] - alpha KL is N(b / alpha, 1)."""
+def test_toy_reward_reaches_the_kl_regularised_optimum(name, alpha):
+    """Base N(0, 1), reward b x: the optimum of E[r] - alpha KL is N(b / alpha, 1).
+
+    DDPO's running baseline divides by the prompt's standard deviation, here b: its optimum is N(1 / alpha, 1).
+    """
     generator = torch.Generator().manual_seed(2)
     slope, mean = 0.8, torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    gain = 1.0 if OBJECTIVES[name].baseline == "running" else slope
+    baseline = baseline_of(name, advantages.PromptStatistics(window=BATCH))
     optimizer = torch.optim.SGD([mean], lr=0.1)
-    std = torch.ones(4096, dtype=torch.float64)
+    std = torch.ones(BATCH, dtype=torch.float64)
     for _ in range(150):
-        drawn = mean.detach() + torch.randn(4096, generator=generator, dtype=torch.float64)
-        reward = slope * drawn
-        centred = advantages.group_advantages(reward, torch.zeros(4096, dtype=torch.long))
+        drawn = mean.detach() + torch.randn(BATCH, generator=generator, dtype=torch.float64)
+        gains = baseline(slope * drawn)
         log_prob = -((drawn - mean) ** 2) / 2
-        kl = transition_kl(mean.expand(4096, 1), torch.zeros(4096, 1, dtype=torch.float64), std)
-        loss = regularised_loss(ppo_clip_loss(log_prob, log_prob.detach(), centred, 0.2), kl, alpha).mean()
+        kl = transition_kl(mean.expand(BATCH, 1), torch.zeros(BATCH, 1, dtype=torch.float64), std)
+        policy_loss = OBJECTIVES[name].policy_loss(log_prob, log_prob.detach(), gains, 0.2)
+        loss = regularised_loss(policy_loss, kl, alpha).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert mean.item() == pytest.approx(slope / alpha, abs=0.05)
+    assert mean.item() == pytest.approx(gain / alpha, abs=0.05)
 
 
 def test_group_advantages_are_centred_within_each_group():

@@ -1,5 +1,7 @@
 """How a sampler scores: the same numbers as at once, begun while others are sampled, stopped between two steps."""
 
+import threading
+
 import pytest
 import torch
 
@@ -148,6 +150,19 @@ def test_a_run_can_be_stopped_between_two_steps(config, engine):
     assert (len(reward.submitted_at), reward.finished_at) == (1, [])
     sampler.should_stop = lambda: False
     assert sampler.roll_out(REQUESTS).rewards.isfinite().all()
+
+
+def test_a_run_can_be_stopped_while_a_reward_never_answers(config, engine):
+    class Silent(Colour):
+        def submit(self, images, prompts):
+            return threading.Event().wait
+
+    asked = []
+    sampler = Sampler(config, engine, Silent())
+    sampler.should_stop = lambda: asked.append(engine.idle) or sum(asked) == 2
+    with pytest.raises(StoppedError, match="'colour' was stopped while sampling"):
+        sampler.roll_out(REQUESTS[:2])
+    assert engine.idle
 
 
 def test_a_bad_request_leaves_the_engine_idle_before_any_work(config, engine):

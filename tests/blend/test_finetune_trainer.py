@@ -2,16 +2,38 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state
-from blend.finetune.errors import ResumeError, StoppedError
+from blend.finetune.config import TrainConfig
+from blend.finetune.errors import ConfigError, ResumeError, StoppedError
 from blend.finetune.loop import run_training
 from blend.finetune.objectives import transition_kl
 from blend.finetune.policy import Transitions
 from blend.finetune.rollout import plan_requests
+from blend.finetune.trainer import Trainer
+from blend.model import load_model
+from blend.rewards import load_reward
 
 TRAIN = ("A red colored car.", "A blue colored cup.", "A green colored bird.")
+
+
+def test_base_without_attention_is_refused_by_name(tiny_sd_dir):
+    model = load_model(tiny_sd_dir)
+    model.unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    config = TrainConfig(name="colour", reward="colourfulness", base_model="convolutions")
+    with pytest.raises(ConfigError, match=r"base_model is 'convolutions', which cannot be tuned: no layer .*'to_q'"):
+        Trainer(config, model, load_reward("colourfulness"), TRAIN, ("A car.",))
 
 
 def nonzero(trainer, seed=7):

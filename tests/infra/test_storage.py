@@ -12,6 +12,7 @@ import pytest
 
 import infra.s3_store
 from infra.errors import (
+    BucketMissingError,
     ConflictError,
     ObjectExistsError,
     ObjectMissingError,
@@ -259,5 +260,7 @@ def test_a_missing_bucket_is_named(s3_server):
     settings = Settings(
         s3_endpoint_url=s3_server.endpoint_url, s3_key=s3_server.reader_key, s3_secret=s3_server.reader_secret
     )
-    with pytest.raises(StoreError, match="no-such-bucket"):
-        open_store("s3://no-such-bucket/prefix", settings).read("x")
+    store = open_store("s3://no-such-bucket/prefix", settings)
+    for call in (lambda: store.read("x"), lambda: store.create("x", b"1"), lambda: store.list("x")):
+        with pytest.raises(BucketMissingError, match="no-such-bucket"):
+            call()

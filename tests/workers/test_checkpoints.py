@@ -4,16 +4,17 @@ import itertools
 import json
 import logging
 import random
+import resource
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from blend.finetune.checkpoint import MANIFEST_FILE, STATE_FILE, CheckpointFolder, read_state
+from blend.finetune.checkpoint import ADAPTER_FILE, MANIFEST_FILE, STATE_FILE, CheckpointFolder, read_state
 from blend.finetune.config import TrainConfig
 from blend.finetune.errors import CheckpointError, ResumeError
-from infra.errors import StoreAccessError, StoreError, StoreUnreachableError
+from infra.errors import BucketMissingError, StoreAccessError, StoreError, StoreUnreachableError
 from infra.local_store import LocalStore
 from infra.settings import Settings
 from infra.storage import open_store
@@ -184,6 +185,21 @@ def test_upload_cut_before_the_manifest_leaves_the_previous(save, tmp_path, impa
     assert "manifests/000002" in stored(tmp_path / "store")
 
 
+@pytest.mark.parametrize("file", [ADAPTER_FILE, STATE_FILE])
+def test_disk_that_is_full_is_named_and_the_previous_kept(save, tmp_path, file):
+    folder = CheckpointFolder(tmp_path)
+    sizes = {path.name: path.stat().st_size for path in save(folder, 1).iterdir()}
+    assert sizes[ADAPTER_FILE] < sizes[STATE_FILE]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[file] - 1, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"iteration 2 cannot be written to .*too large.*: make room"):
+            save(folder, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_state(folder.latest())["iteration"] == 1
+
+
 # ---- a store that is away
 
 
@@ -214,16 +230,32 @@ def refuse():
     raise StoreUnreachableError("away for good")
 
 
-def test_refusals_are_not_repeated():
+@pytest.mark.parametrize("refusal", [StoreAccessError, BucketMissingError])
+def test_refusals_are_not_repeated(refusal):
     calls = []
 
     def call():
         calls.append(1)
-        raise StoreAccessError("wrong key")
+        raise refusal("wrong key")
 
-    with pytest.raises(StoreAccessError):
+    with pytest.raises(refusal):
         insist(call)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("error", [StoreUnreachableError, StoreAccessError])
+def test_newest_that_cannot_be_read_now_is_not_passed_over(save, tmp_path, impatient, error):
+    """Going on from the one before would train again what is there, and say that it is damaged."""
+
+    class Refusing(LocalStore):
+        def download(self, path, target):
+            raise error("no download")
+
+    for iteration in (1, 2):
+        save(StoredCheckpoints(LocalStore(tmp_path / "store"), tmp_path / "cache"), iteration)
+    elsewhere = StoredCheckpoints(Refusing(tmp_path / "store"), tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="iteration 2 cannot be read: no download"):
+        elsewhere.latest()
 
 
 def test_tenth_of_calls_failing_changes_nothing(job, whole, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from blend.finetune.checkpoint import iteration_of
 from blend.finetune.config import TrainConfig
-from blend.finetune.errors import CheckpointError, FinetuneError, ResumeError
+from blend.finetune.errors import CheckpointError, ConfigError, FinetuneError, ResumeError
 from workers import training_ray
 from workers.cluster import ray_session
 from workers.training import fit_basis, is_finished
@@ -209,7 +210,38 @@ def test_ended_commands_leave_no_process_and_a_checkpoint_to_go_on_from(hours, t
         assert [metrics["iteration"] for metrics in announced] == [kept + 1, kept + 2]
 
 
+def test_failed_run_does_not_wait_for_workers_that_are_stuck(monkeypatch):
+    """As on a GPU, where a rank may wait in a sum for one that is gone."""
+    stopped = []
+    monkeypatch.setattr(training_ray, "_relay", lambda *_: FinetuneError("the reward failed"))
+    monkeypatch.setattr(training_ray, "_stop", lambda board, fit: stopped.append(fit))
+    fit = threading.Thread(target=threading.Event().wait, daemon=True)
+    with pytest.raises(FinetuneError, match="the reward failed"):
+        training_ray._follow(fit, None, lambda metrics: None, "colour")
+    assert stopped == [fit]
+
+
+@pytest.mark.slow
+def test_run_whose_workers_left_before_its_end_is_no_result(hours, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_ray, "_follow", lambda *_: None)
+    with pytest.raises(FinetuneError, match="was stopped on Ray before its end: run it again to resume"):
+        fit_basis(TrainConfig.parse(hours), output_dir=tmp_path, show_bar=False)
+
+
 # ---- refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({"num_workers": 3}, "num_workers is 3: the Ray cluster has 2 CPUs"), ({"use_gpu": True}, "has 0 GPUs")],
+)
+def test_private_cluster_has_what_the_machine_has(settings, tmp_path, monkeypatch, changes, expected):
+    monkeypatch.setattr(training_ray.os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = TrainConfig.parse({**settings, "held_out_images": 6, **changes})
+    with pytest.raises(ConfigError, match=expected):
+        fit_basis(config, output_dir=tmp_path, show_bar=False)
 
 
 def test_other_settings_are_refused_before_ray_starts(settings, tmp_path, monkeypatch):
