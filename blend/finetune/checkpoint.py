@@ -128,7 +128,8 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the checkpoint of iteration {trainer.iteration} cannot be written to {self.directory} "
-                f"({getattr(error, 'strerror', None) or error}): make room there and run again to resume from the one before"
+                f"({getattr(error, 'strerror', None) or error}): make room there and run again to resume from the one "
+                "before"
             ) from error
 
     def unfinished(self) -> Path:

@@ -110,7 +110,8 @@ class Sampler:
     """Makes and scores images of one adapter with the engine that also serves.
 
     Images are decoded and handed to the rewards as samples end: one that computes elsewhere does so while the
-    others are still sampled. `should_stop` is asked between any two steps of the engine, and while scores are waited for.
+    others are still sampled. `should_stop` is asked between any two steps of the engine and while
+    scores are waited for.
     """
 
     def __init__(
