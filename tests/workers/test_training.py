@@ -232,7 +232,7 @@ def test_two_runs_share_a_cluster_and_resume_on_it(cluster, fitted, settings, tm
 @pytest.mark.slow
 def test_errors_on_ray_reach_the_caller(cluster, settings, tmp_path):
     with pytest.raises(ConfigError, match=r"num_workers is 4: the Ray cluster has 2 CPUs"):
-        fit_basis(TrainConfig.parse({**settings, "num_workers": 4}), output_dir=tmp_path / "many")
+        fit_basis(TrainConfig.parse({**settings, "num_workers": 4, "held_out_images": 8}), output_dir=tmp_path / "many")
     wild = TrainConfig.parse({**settings, "num_workers": 1, "learning_rate": 1e30, "iterations": 4})
     with pytest.raises(NonFiniteError, match=r"iteration \d: .*seed"):
         fit_basis(wild, output_dir=tmp_path / "wild")
