@@ -13,6 +13,8 @@ RAY_ENVIRONMENT = {
     # the default of 2 seconds paces every report of a training loop
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # a process per group of workers that tells them of nodes about to go: they keep a checkpoint per iteration anyway
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # on a busy machine the imports of a worker alone can take longer than the default of 60 seconds
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     # and the endpoint's proxy longer than the default of 5 seconds, after which Serve gives it up

@@ -1,9 +1,18 @@
-"""What the processes of one Ray run tell each other: an actor between workers, controller and driver."""
+"""What the processes of one Ray run tell each other: an actor between workers, controller and driver.
+
+Its process imports this module, so that it must not lead to the model's code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
 
 from blend.finetune.errors import FinetuneError
-from blend.finetune.held_out import Metrics
+
+if TYPE_CHECKING:
+    from blend.finetune.held_out import Metrics
 
 # a crashed worker group starts again from the last checkpoint, so often in a row without one more iteration kept
 MAX_FAILURES = 3

@@ -18,7 +18,7 @@ import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch import distributed as dist
 
@@ -33,6 +33,7 @@ from workers.cluster import ray_session
 from workers.reward_actors import reward_actors
 from workers.training import TrainJob, is_finished, read_resumable, resume
 from workers.training_board import MAX_FAILURES, Board
+from workers.training_restarts import Crashes, start_lean
 
 POLL_SECONDS = 0.2
 # how long workers may take to stop by themselves, and then to be killed
@@ -65,7 +66,7 @@ def fit_on_ray(
         _require_resources(job)
         board = ray.remote(num_cpus=0)(Board).remote(state["iteration"] if state else -1)
         trainer = TorchTrainer(
-            lambda: worker_loop(job, board, open_checkpoints, rewards),
+            start_lean(worker_loop, job, open_checkpoints, board=board, rewards=rewards),
             scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
             run_config=RunConfig(
                 name=config.name,
@@ -121,23 +122,6 @@ class _Fit(threading.Thread):
             self.error = error
 
 
-class Crashes(UserCallback):
-    """Counts the crashes of worker groups, in Ray's controller; raising there ends the run instead of restarting it."""
-
-    def __init__(self, board: ActorHandle) -> None:
-        self._board = board
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        lines = [f"rank {rank}: {_last_line(error)}" for rank, error in worker_exceptions.items()]
-        if ray.get(self._board.crash.remote("; ".join(lines))):
-            raise FinetuneError("no further restart")
-
-
-def _last_line(error: Exception) -> str:
-    """What an error says, without the worker's traceback before it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
 @contextmanager
 def _sigterm_raises() -> Iterator[Callable[[], None]]:
     """Yield what makes SIGTERM raise in the main thread again after ray.init took it, which would drain for long.
@@ -187,7 +171,7 @@ def _require_resources(job: TrainJob) -> None:
 
 
 def worker_loop(
-    job: TrainJob, board: ActorHandle, open_checkpoints: Callable[[], Checkpoints], rewards: Mapping[str, Reward]
+    job: TrainJob, open_checkpoints: Callable[[], Checkpoints], *, board: ActorHandle, rewards: Mapping[str, Reward]
 ) -> None:
     """What each Ray Train worker runs; rank 0 reads and writes checkpoints and posts metrics."""
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))

@@ -11,10 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from blend.finetune.checkpoint import ADAPTER_FILE, read_state
 from blend.finetune.held_out import Metrics
 from workers.tensorboard import write_sheets
-from workers.training_curve import draw_curve
 from workers.training_log import TENSORBOARD, write_metrics
 from workers.training_report import Outcome, write_card
-from workers.training_sheet import draw_sheet, row_pixels, sheet_prompts
 
 if TYPE_CHECKING:
     from workers.training import TrainJob
@@ -44,6 +42,10 @@ def write_result(job: "TrainJob", checkpoint: Path, output_dir: Path) -> FitResu
 
     One that holds this result already is left as it is, so that publishing it again is publishing the same.
     """
+    # matplotlib, which workers do without
+    from workers.training_curve import draw_curve
+    from workers.training_sheet import draw_sheet, row_pixels, sheet_prompts
+
     state = read_state(checkpoint)
     history: list[Metrics] = state["history"]
     outcome = Outcome.of(job.config, history)

@@ -1,4 +1,4 @@
-"""The verb `train` as a user types it, in a process of its own."""
+"""The verb `train` as a user types it."""
 
 import os
 import signal
@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from flows.cli import main
 
 RUN = """
 name = "colour"
@@ -32,6 +34,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def command_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and errors of the verb run in this process, which has everything imported."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *arguments])
+    return int(stopped.value.code or 0), capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path):
     run = tmp_path / "run.toml"
@@ -48,7 +57,7 @@ def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, how):
+def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, capsys, how):
     run, out = tmp_path / "run.toml", tmp_path / "out"
     run.write_text(RUN.format(base=tiny_sd_dir, iterations=100_000))
     places = ["--output", str(out), "--checkpoints", str(tmp_path / "kept"), "--no-publish"]
@@ -71,25 +80,25 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_pa
     assert "Traceback" not in stderr
     reached = max(int(path.name.split("_")[1]) for path in (tmp_path / "kept").glob("iteration_*"))
     run.write_text(RUN.format(base=tiny_sd_dir, iterations=reached + 2))
-    done = command(str(run), *places)
-    assert done.returncode == 0, done.stderr
-    assert f"train colour {reached + 1}/{reached + 2}" in done.stderr
-    assert f"train colour {reached}/" not in done.stderr
+    code, stderr = command_here(capsys, str(run), *places)
+    assert code == 0, stderr
+    assert f"train colour {reached + 1}/{reached + 2}" in stderr
+    assert f"train colour {reached}/" not in stderr
     written = [line.split(",")[0] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert written == [f'{{"iteration": {i}' for i in range(reached + 3)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("iterations", "store", "expected"),
     [("0", "store", "iterations is 0"), ("1", "run.toml", "run.toml")],
 )
-def test_errors_are_one_line_and_exit_2(tiny_sd_dir: Path, tmp_path: Path, iterations, store, expected):
+def test_errors_are_one_line_and_exit_2(tiny_sd_dir: Path, tmp_path: Path, capsys, iterations, store, expected):
     run = tmp_path / "run.toml"
     run.write_text(RUN.format(base=tiny_sd_dir, iterations=iterations))
-    done = command(str(run), "--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / store}")
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+    places = ["--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / store}"]
+    code, stderr = command_here(capsys, str(run), *places)
+    assert code == 2
+    last = stderr.strip().splitlines()[-1]
     assert last.startswith("Error: ")
     assert expected in last
     assert not (tmp_path / "out").exists()

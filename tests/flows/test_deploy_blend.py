@@ -9,19 +9,11 @@ from infra.errors import UnknownRecordError
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def prefect():
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
-
-
 def artifacts() -> dict[str, str]:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        found = client._client.post("/artifacts/filter", json={}).json()
+        found = client._client.post("/artifacts/latest/filter", json={}).json()
     return {artifact["key"]: artifact["data"] for artifact in found}
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.cli import main
 from flows.evaluate_blend import evaluate_blend
@@ -26,13 +25,7 @@ RUN = {
 
 
 @pytest.fixture(scope="module")
-def prefect_server():
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-@pytest.fixture(scope="module")
-def answer(prefect_server, rivals_store_url, tmp_path_factory):
+def answer(prefect, rivals_store_url, tmp_path_factory):
     return evaluate_blend(RUN, store_url=rivals_store_url, output_dir=str(tmp_path_factory.mktemp("flow")))
 
 
@@ -77,7 +70,7 @@ def test_the_same_evaluation_is_fetched_and_not_done_again(answer, rivals_store_
 
 
 @pytest.mark.slow
-def test_a_bad_run_fails_before_work(prefect_server, rivals_store_url, tmp_path):
+def test_a_bad_run_fails_before_work(prefect, rivals_store_url, tmp_path):
     with pytest.raises(EvaluationError, match="unknown method 'best'"):
         evaluate_blend({**RUN, "methods": ["best"]}, store_url=rivals_store_url, output_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())

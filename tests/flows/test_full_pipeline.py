@@ -35,14 +35,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def prefect():
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
-
-
 def written(directory: Path) -> dict[str, int]:
     """When each file below a directory was last written, in nanoseconds."""
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}

@@ -6,7 +6,6 @@ from uuid import UUID
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.testing.utilities import prefect_test_harness
 
 from blend.finetune.errors import ConfigError
 from flows.train_basis import artifact_key, train_basis
@@ -14,6 +13,8 @@ from infra.errors import StoreError
 from infra.manifests import AdapterRecord
 from infra.registry import Registry
 from infra.storage import open_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect")]
 
 RUN = {
     "name": "colour_1",
@@ -31,19 +32,12 @@ RUN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prefect():
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
-
-
 def artifacts(kind: str, name: str = "colour_1"):
     key = artifact_key(name, kind)
     with get_client(sync_client=True) as client:
         return client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
 
 
-@pytest.mark.slow
 def test_flow_publishes_once_and_leaves_artifacts(tiny_sd_dir: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     url, run = f"file://{tmp_path / 'store'}", {**RUN, "base_model": str(tiny_sd_dir)}
@@ -66,7 +60,6 @@ def test_flow_publishes_once_and_leaves_artifacts(tiny_sd_dir: Path, tmp_path: P
     assert len(Registry(open_store(url)).versions("colour_1", "adapter")) == 1
 
 
-@pytest.mark.slow
 def test_an_interrupted_flow_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, monkeypatch, caplog):
     monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     run = {**RUN, "name": "colour_2", "base_model": str(tiny_sd_dir)}
@@ -86,7 +79,6 @@ def test_an_interrupted_flow_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_p
     assert train_basis(run, **places)["version"] == 1
 
 
-@pytest.mark.slow
 def test_flow_refuses_bad_input_before_training(tiny_sd_dir: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="learning_rate is -1"):

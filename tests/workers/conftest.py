@@ -1,4 +1,4 @@
-"""A service over the tiny model in this process, shared by the tests of the routes and of the engine loop."""
+"""What the tests of this room share: a service over the tiny model in this process, and one Ray cluster."""
 
 import pytest
 
@@ -35,3 +35,15 @@ def client(service):
 
     with TestClient(create_http(service)) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def cluster(tiny_store_url):
+    """A Ray cluster of two CPUs; whatever asks for one of its own while this is up gets this one.
+
+    tiny_store_url sets the cache's place, which Ray's processes take over when they start.
+    """
+    from workers.cluster import ray_session
+
+    with ray_session(num_cpus=2, num_gpus=0) as address:
+        yield address

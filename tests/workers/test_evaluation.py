@@ -294,7 +294,7 @@ def test_a_reward_that_is_not_a_number_stops_the_evaluation(planned, tmp_path, m
 
 
 @pytest.mark.slow
-def test_ray_workers_score_exactly_as_this_process_does(result, rivals_store_url, tmp_path):
+def test_ray_workers_score_exactly_as_this_process_does(cluster, result, rivals_store_url, tmp_path):
     config = CONFIG.model_copy(update={"num_workers": 2, "methods": ("mpa",), "kl_methods": ()})
     spread = evaluate(prepare(config, rivals_store_url), tmp_path).frame
     keys = ["method", "w_warm", "w_small", "kl_lambda", "prompt", "seed"]
@@ -305,7 +305,7 @@ def test_ray_workers_score_exactly_as_this_process_does(result, rivals_store_url
 
 
 @pytest.mark.slow
-def test_a_worker_that_cannot_start_is_one_clear_error(planned, tmp_path):
+def test_a_worker_that_cannot_start_is_one_clear_error(cluster, planned, tmp_path):
     bundle = replace(planned.job.bundle, base_path=tmp_path / "gone")
     config = planned.config.model_copy(update={"num_workers": 1})
     broken = replace(planned, job=replace(planned.job, bundle=bundle, config=config))

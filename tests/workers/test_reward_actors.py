@@ -7,13 +7,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray.util import placement_group, remove_placement_group
 from safetensors.torch import load_file
 
 from blend.finetune.checkpoint import ADAPTER_FILE
 from blend.finetune.config import TrainConfig
 from blend.finetune.errors import ConfigError, FinetuneError
 from blend.rewards import AsyncReward, Reward, RewardError, load_reward, start_scoring
-from workers.cluster import ray_session
 from workers.reward_actors import RewardActor, gpus_of, reward_actors
 from workers.training import TrainJob, fit_basis
 
@@ -40,10 +40,12 @@ def settings(tiny_sd_dir: Path):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """As many CPUs as the runs have workers: what is left over for actors is nothing."""
-    with ray_session(num_cpus=1, num_gpus=0) as address:
-        yield address
+def cluster(cluster):
+    """As many CPUs free as the runs have workers: what is left over for actors is nothing."""
+    taken = placement_group([{"CPU": 1}])
+    assert taken.wait(60)
+    yield cluster
+    remove_placement_group(taken)
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +80,8 @@ def assert_same_adapter(one, other):
 
 
 @pytest.mark.slow
-def test_an_actor_gives_the_adapter_of_a_run_without(cluster, settings, expected, tmp_path):
-    counts = set()
-    config = on_actors(settings)
-    scored = fit_basis(
-        config, output_dir=tmp_path, show_bar=False, on_progress=lambda _: counts.add(len(actor_processes()))
-    )
-    assert counts == {1}
-    assert_same_adapter(scored, expected)
-
-
-@pytest.mark.slow
 def test_actors_killed_while_they_score_change_nothing(cluster, settings, expected, tmp_path, monkeypatch):
+    """The adapter is, bit for bit, that of a run that scores in its own process."""
     calls = tmp_path / "calls"
     calls.mkdir()
 
@@ -113,6 +105,7 @@ def test_actors_stand_for_every_reward_of_the_run(cluster, settings):
     images, prompts = torch.rand(5, 3, 64, 64), ["A red colored car."] * 5
     config = on_actors(settings, 2, guard={"watch": {"alignment": 1.0}})
     with reward_actors(config) as rewards:
+        assert len(actor_processes()) == 2
         assert rewards.keys() == {"colourfulness", "alignment"}
         for name, reward in rewards.items():
             plain = load_reward(name)
@@ -142,7 +135,8 @@ def test_a_batch_that_kills_every_actor_ends_the_run(cluster, settings, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1])
 def test_an_error_of_the_reward_reaches_the_caller(cluster, settings, tmp_path, count):
-    config = on_actors(settings, count, reward="alignment")
+    """On an actor, and in this process."""
+    config = on_actors(settings, count, reward="alignment", num_workers=count)
     with pytest.raises(
         FinetuneError, match=r"the reward 'alignment' failed on 4 images, first 'A red .*\(seed \d+\).*64 x 64"
     ):

@@ -25,14 +25,15 @@ LONG = {**BASE, "num_inference_steps": 200, "n": 8}
 
 
 @pytest.fixture(scope="module")
-def endpoint(tiny_sd_dir, tiny_adapters):
-    from workers.cluster import ray_session
+def endpoint(cluster, tiny_sd_dir, tiny_adapters):
+    from ray import serve
+
     from workers.serving import check_port, deploy, undeploy
 
     args = ServeArgs(base=str(tiny_sd_dir), adapters=tiny_adapters, max_queued_rows=2_000)
-    with ray_session(num_cpus=2):
-        yield deploy(args, host="127.0.0.1", port=check_port("127.0.0.1", 0))
-        undeploy()
+    yield deploy(args, host="127.0.0.1", port=check_port("127.0.0.1", 0))
+    undeploy()
+    serve.shutdown()
 
 
 @pytest.fixture(scope="module")

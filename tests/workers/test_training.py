@@ -16,7 +16,6 @@ from blend.finetune.errors import ConfigError, NonFiniteError, ResumeError, Stop
 from infra.manifests import AdapterRecord
 from infra.registry import Registry
 from infra.storage import open_store
-from workers.cluster import ray_session
 from workers.publishing import UNKNOWN_LICENCE, manifest_url, publish_fit
 from workers.training import TrainJob, fit_basis, fit_in_process
 from workers.training_log import TENSORBOARD, read_metrics
@@ -170,12 +169,6 @@ def test_diffusers_loads_the_adapter(fitted, tiny_sd_dir):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd_dir, safety_checker=None)
     pipeline.load_lora_weights(str(fitted[2].adapter_dir))
     assert pipeline.get_active_adapters()
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with ray_session(num_cpus=2) as address:
-        yield address
 
 
 def first_gradient(directory: Path):

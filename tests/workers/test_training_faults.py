@@ -17,7 +17,6 @@ from blend.finetune.checkpoint import iteration_of
 from blend.finetune.config import TrainConfig
 from blend.finetune.errors import CheckpointError, ConfigError, FinetuneError, ResumeError
 from workers import training_ray
-from workers.cluster import ray_session
 from workers.training import fit_basis, is_finished
 from workers.training_board import MAX_FAILURES, Board
 
@@ -58,10 +57,11 @@ def newest(directory: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # ten restarts, each of which imports torch and diffusers twice
-def test_ten_killed_workers_change_no_bit(kills, tiny_sd_dir, tmp_path):
-    rounds = kills.kill_rounds(10, tmp_path, base_model=str(tiny_sd_dir))
-    assert rounds["kills"] == 10
+@pytest.mark.timeout(1200)  # every restart imports torch and diffusers twice
+def test_killed_workers_change_no_bit(cluster, kills, tiny_sd_dir, tmp_path):
+    """Four kills in one run; the benchmark (tests/bench) does the same with ten, which take twice as long."""
+    rounds = kills.kill_rounds(4, tmp_path, base_model=str(tiny_sd_dir))
+    assert rounds["kills"] == 4
     assert rounds["equal"]
 
 
@@ -88,6 +88,13 @@ def test_killed_processes_without_ray_change_no_bit(kills, settings, tmp_path):
     assert kept == sorted(set(kept))
     assert kept[-1] < config.iterations
     assert kills.same(whole, fit_basis(config, output_dir=directory, show_bar=False))
+
+
+@pytest.mark.parametrize("module", ["workers.training_board", "workers.training_restarts"])
+def test_processes_beside_the_workers_start_without_the_model(module):
+    program = f"import sys, {module}; print(sorted({{'diffusers', 'peft', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_restarts_go_on_while_there_is_progress_and_end_without():
@@ -145,7 +152,7 @@ def test_early_stopped_run_goes_on_only_when_iterations_were_raised(settings):
 
 
 @pytest.mark.slow
-def test_interrupted_run_ends_its_workers_in_the_middle_of_an_iteration(kills, settings, tmp_path):
+def test_interrupted_run_ends_its_workers_in_the_middle_of_an_iteration(cluster, kills, settings, tmp_path):
     """Two workers, which the end of one must not leave waiting for the other; the cluster stays up."""
     config = TrainConfig.parse({**settings, "iterations": 2, "num_inference_steps": 40, "images_per_prompt": 24})
     announced = []
@@ -155,10 +162,9 @@ def test_interrupted_run_ends_its_workers_in_the_middle_of_an_iteration(kills, s
         if metrics["iteration"] == 1:
             raise KeyboardInterrupt
 
-    with ray_session(num_cpus=2):
-        with pytest.raises(KeyboardInterrupt):
-            fit_basis(config, output_dir=tmp_path, on_progress=interrupt, show_bar=False)
-        wait_for(lambda: not kills.find_workers(), "end of the workers")
+    with pytest.raises(KeyboardInterrupt):
+        fit_basis(config, output_dir=tmp_path, on_progress=interrupt, show_bar=False)
+    wait_for(lambda: not kills.find_workers(), "end of the workers")
     assert newest(tmp_path) == 1
     again = config.model_copy(update={"num_workers": 0})
     result = fit_basis(again, output_dir=tmp_path, on_progress=interrupt, show_bar=False)
