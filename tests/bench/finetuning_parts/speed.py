@@ -59,7 +59,7 @@ def race(rounds: int, batches: Sequence[int] = BATCHES, **changes: Any) -> dict[
     deviations = {name: metrics["ratio_deviation"] for name, metrics in replayed.items()}
     if max(deviations.values()) > LARGEST_DEVIATION:
         raise RuntimeError(f"a replayed step has another probability: ratios differ from 1 by {deviations}")
-    swept = {size: take_turn(partial(epoch, size, some), 0).wall for size in sorted({USUAL_BATCH, *batches})}
+    swept = sweep({size: partial(epoch, size, some) for size in sorted({USUAL_BATCH, *batches})})
     best = min(swept, key=lambda size: swept[size])
     cases = dict(zip(MEANING, [(USUAL_BATCH, some), (best, some), (USUAL_BATCH, every), (best, every)], strict=True))
     ours = "trainer", some
@@ -83,7 +83,7 @@ def race(rounds: int, batches: Sequence[int] = BATCHES, **changes: Any) -> dict[
                 key: quartiles([turn.metrics["rollout_seconds"] / turn.wall for turn in turns[case]])
                 for key, case in cases.items()
             },
-            "ddpo_loop_images_per_s_by_batch": {
+            "ddpo_loop_images_per_cpu_s_by_batch": {
                 size: round(config.batch_size / seconds, 3) for size, seconds in swept.items()
             },
             "ddpo_loop_best_batch": best,
@@ -92,6 +92,15 @@ def race(rounds: int, batches: Sequence[int] = BATCHES, **changes: Any) -> dict[
             "load_average": round(os.getloadavg()[1], 2),  # well above 1: others computed here too, trust ratios alone
         },
     }
+
+
+def sweep(epochs: Mapping[int, Callable[[int], Mapping[str, float]]]) -> dict[int, float]:
+    """Seconds of processor time by batch size, once each: on a busy machine the clock would choose by chance."""
+    seconds = {}
+    for size, run in epochs.items():
+        seconds[size] = take_turn(run, 0).cpu
+        print(f"plain loop in batches of {size}: {seconds[size]:.1f} s of processor time", flush=True)
+    return seconds
 
 
 def take_turns(contestants: Mapping[Any, Callable[[int], Mapping[str, float]]], rounds: int) -> dict[Any, list[Turn]]:
