@@ -217,7 +217,7 @@ def test_sections_keep_each_others_figures(bench, tmp_path, monkeypatch):
 def test_finished_runs_are_only_read(bench, tmp_path, capfd):
     runs = bench("finetuning_parts.runs")
     changes = {"iterations": 1, "prompts_per_iteration": 1, "images_per_prompt": 2, "held_out_images": 2}
-    changes |= {"num_inference_steps": 7}
+    changes |= {"num_inference_steps": 7, "train_steps_per_sample": 3, "rewarded_steps": 2}
     run = runs.Run.of(runs.run_config("colourfulness", 1, **changes), tmp_path)
     other = runs.Run.of(runs.run_config("colourfulness", 2, **changes), tmp_path)
     assert run.directory != other.directory
