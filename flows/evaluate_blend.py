@@ -10,10 +10,10 @@ from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
-    update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
 
+from flows.progress import show_progress
 from workers.evaluation import EvaluateConfig, EvaluationError, Plan, Progress
 from workers.evaluation.files import COMMIT, REPORT, files_in
 from workers.evaluation.storing import evaluation_store, folder, is_complete, prepare, run_directory
@@ -78,7 +78,7 @@ def score(planned: Plan, directory: Path) -> None:
         share = progress.done / progress.total
         if share - shown >= 0.05 or share == 1:
             shown = share
-            update_progress_artifact(artifact, progress=100.0 * share)
+            show_progress(artifact, 100.0 * share)
             logger.info(progress_line(progress))
 
     evaluate(planned, directory, show)

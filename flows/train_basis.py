@@ -10,11 +10,11 @@ from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
-    update_progress_artifact,
 )
 
 from blend.finetune.config import TrainConfig
 from blend.finetune.errors import FinetuneError
+from flows.progress import show_progress
 from infra.manifests import AdapterRecord
 from workers.training import FitResult
 
@@ -90,7 +90,7 @@ def fit(
     artifact = create_progress_artifact(progress=0.0, key=key, description=description)
 
     def show(metrics: dict[str, Any]) -> None:
-        update_progress_artifact(artifact, progress=100.0 * metrics["iteration"] / metrics["iterations"])
+        show_progress(artifact, 100.0 * metrics["iteration"] / metrics["iterations"])
         logger.info("%s %s", config.name, progress_line(metrics))
 
     directory = Path(output_dir) if output_dir else run_directory(config)
@@ -103,7 +103,7 @@ def fit(
         if not isinstance(error, Exception):
             logger.warning("%s was interrupted: run the flow again with the same parameters to resume", config.name)
         raise
-    update_progress_artifact(artifact, progress=100.0)
+    show_progress(artifact, 100.0)
     return result
 
 

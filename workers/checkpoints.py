@@ -7,9 +7,10 @@ once, is the commit; an id is the iteration and the manifest's hash, so that two
 import hashlib
 import logging
 import random
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -115,10 +116,15 @@ class _Entry:
         return f"files/{self.id}"
 
     @classmethod
-    def of(cls, path: str) -> "_Entry":
-        """From a manifest's or a file's path below the root."""
-        id = path.split("/")[1].removesuffix(".json")
-        return cls(int(id.split("-")[0]), id)
+    def of(cls, path: str) -> "_Entry | None":
+        """From a manifest's or a file's path below the root; None for what is not a checkpoint's."""
+        found = re.match(r"(?:manifests|files)/((\d{6,})-[0-9a-f]+)(?:\.json$|/)", path)
+        return cls(int(found[2]), found[1]) if found else None
+
+    @classmethod
+    def all_of(cls, paths: Iterable[str]) -> "list[_Entry]":
+        """Oldest first, each once."""
+        return sorted({entry for path in paths if (entry := cls.of(path))})
 
 
 class StoredCheckpoints:
@@ -175,7 +181,7 @@ class StoredCheckpoints:
     def _entries(self) -> list[_Entry]:
         """What is committed, oldest first."""
         paths = self._ask("the checkpoints cannot be read", lambda: self.store.list("manifests"))
-        return sorted(_Entry.of(path) for path in paths)
+        return _Entry.all_of(paths)
 
     def _commit(self, directory: Path) -> None:
         manifest = (directory / MANIFEST_FILE).read_bytes()
@@ -208,12 +214,12 @@ class StoredCheckpoints:
         """Leave `newest` and the one before it; whatever cannot be removed now is by the next save."""
         try:
             manifests, files = self.store.list("manifests"), self.store.list("files")
-            older = sorted(entry for entry in map(_Entry.of, manifests) if entry.iteration < newest.iteration)
+            older = [entry for entry in _Entry.all_of(manifests) if entry.iteration < newest.iteration]
             kept = {newest, *older[1 - KEPT :]}
             # manifests first: a checkpoint whose files are going must not look whole
             for path in manifests + files:
                 entry = _Entry.of(path)
-                if entry not in kept and entry.iteration <= newest.iteration:
+                if entry and entry not in kept and entry.iteration <= newest.iteration:
                     self.store.delete(path)
         except StoreError as error:
             log.info("old checkpoints are left for now: %s", error)

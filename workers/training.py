@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from blend.finetune.checkpoint import Checkpoints, read_state
 from blend.finetune.config import TrainConfig, require_resumable
-from blend.finetune.errors import ConfigError
+from blend.finetune.errors import ConfigError, ResumeError
 from blend.finetune.held_out import Metrics
 from blend.finetune.loop import run_training
 from blend.finetune.prompts import load_prompts
@@ -166,6 +166,11 @@ def read_resumable(job: TrainJob, checkpoints: Checkpoints) -> tuple[Path | None
         return None, None
     state = read_state(latest)
     require_resumable(job.config, state["settings"], job.base_hash)
+    if state["iteration"] > job.config.iterations:
+        raise ResumeError(
+            f"the checkpoint of {job.config.name!r} is of iteration {state['iteration']} and iterations is "
+            f"{job.config.iterations}: raise it, or train into another directory"
+        )
     return latest, state
 
 

@@ -126,10 +126,12 @@ class TrainConfig(BaseModel):
                 f"rewarded_steps is {self.rewarded_steps}: fewer than train_steps_per_sample "
                 f"({self.train_steps_per_sample}), so that later steps are trained too and count in the KL"
             )
-        if self.updates_per_iteration > self.train_steps_per_sample:
+        # the last step of a path adds no noise: it has no gradient
+        steps = min(self.train_steps_per_sample, self.num_inference_steps - 1)
+        if self.updates_per_iteration > steps:
             raise ValueError(
-                f"updates_per_iteration is {self.updates_per_iteration}: at most train_steps_per_sample "
-                f"({self.train_steps_per_sample}), because each update takes its own share of the steps"
+                f"updates_per_iteration is {self.updates_per_iteration}: at most the {steps} trained steps that have "
+                "a gradient, because each update takes its own share of them"
             )
         if OBJECTIVES[self.objective].needs_groups and self.images_per_prompt < 2:
             raise ValueError(

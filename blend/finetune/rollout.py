@@ -177,6 +177,8 @@ class Sampler:
             while not self.engine.idle:
                 self._refuse_to_go_on()
                 for ticket, output in self.engine.step().items():
+                    if isinstance(output.error, torch.OutOfMemoryError):
+                        raise output.error
                     outputs[places[ticket]] = output
                     scoring.add(places[ticket], output)
         finally:

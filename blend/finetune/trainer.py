@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ class Trainer:
         """Roll out, score and update once; returns the iteration's metrics."""
         if self.base is None:
             raise FinetuneError("the base was not evaluated: call evaluate() before the first iterate()")
+        with self._naming_memory():
+            return self._iterate()
+
+    def _iterate(self) -> Metrics:
         started = time.perf_counter()
         plan = plan_requests(self.config, self.prompts, self.iteration)
         owned = [plan[i] for i in self.workgroup.slice(len(plan))]
@@ -122,6 +127,16 @@ class Trainer:
         if value_loss is not None:
             metrics["value_loss"] = value_loss
         return metrics
+
+    @contextmanager
+    def _naming_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise FinetuneError(
+                f"iteration {self.iteration + 1}: {self.model.device} has too little memory with micro_batch_rows "
+                f"{self.config.micro_batch_rows}: lower it, set gradient_checkpointing, or dtype to bfloat16 ({error})"
+            ) from error
 
     def _path_kl(self, transitions: Transitions, paths: int) -> float:
         """Path KL of the rollouts in nats, an unbiased estimate: each trained step stands for `weight` of them."""
@@ -166,7 +181,8 @@ class Trainer:
     def evaluate(self) -> Metrics:
         """Rewards, path KL (nats) and diversity on the fixed held-out images; the first call measures the base."""
         owned = owned_requests(self.held_out, self.workgroup)
-        scored = self.sampler.evaluate(owned)
+        with self._naming_memory():
+            scored = self.sampler.evaluate(owned)
         rewards = self._gather_rewards(scored.rewards, scored, self.held_out)
         watched = {name: self._gather_rewards(values, scored, self.held_out) for name, values in scored.watched.items()}
         elements = math.prod(self.model.latents_shape(self.model.default_height, self.model.default_width))

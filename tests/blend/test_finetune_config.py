@@ -19,7 +19,11 @@ MINIMAL = {"name": "colour", "reward": "colourfulness"}
         ({"kl_weight": float("nan")}, "kl_weight is nan"),
         ({"objective": "reinforce"}, "objective is 'reinforce'.*'dpok', 'ddpo' or 'grpo'"),
         ({"train_steps_per_sample": 30}, "train_steps_per_sample is 30: at most num_inference_steps"),
-        ({"updates_per_iteration": 11}, "updates_per_iteration is 11: at most train_steps_per_sample"),
+        ({"updates_per_iteration": 11}, "updates_per_iteration is 11: at most the 10 trained steps"),
+        (
+            {"updates_per_iteration": 20, "train_steps_per_sample": 20},
+            "updates_per_iteration is 20: at most the 19 trained steps that have a gradient",
+        ),
         ({"images_per_prompt": 1}, "images_per_prompt is 1.*dpok"),
         ({"eta": 0.0}, "eta is 0.0"),
         ({"num_workers": 65}, "num_workers is 65: more than the 64 images"),

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from blend.finetune.checkpoint import ADAPTER_FILE, CheckpointFolder, read_state
 from blend.finetune.config import TrainConfig
-from blend.finetune.errors import ConfigError, ResumeError, StoppedError
+from blend.finetune.errors import ConfigError, FinetuneError, ResumeError, StoppedError
 from blend.finetune.loop import run_training
 from blend.finetune.objectives import transition_kl
 from blend.finetune.policy import Transitions
@@ -34,6 +34,20 @@ def test_base_without_attention_is_refused_by_name(tiny_sd_dir):
     config = TrainConfig(name="colour", reward="colourfulness", base_model="convolutions")
     with pytest.raises(ConfigError, match=r"base_model is 'convolutions', which cannot be tuned: no layer .*'to_q'"):
         Trainer(config, model, load_reward("colourfulness"), TRAIN, ("A car.",))
+
+
+@pytest.mark.parametrize("when", ["evaluate", "iterate"])
+def test_memory_that_runs_out_is_told_with_what_helps(make_trainer, monkeypatch, when):
+    trainer = make_trainer(micro_batch_rows=6)
+    if when == "iterate":
+        trainer.evaluate()
+
+    def fail(*_inputs, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(trainer.model.unet, "forward", fail)
+    with pytest.raises(FinetuneError, match=r"with micro_batch_rows 6: lower it.* 20 MiB"):
+        getattr(trainer, when)()
 
 
 def nonzero(trainer, seed=7):

@@ -4,10 +4,12 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from blend.finetune.errors import ConfigError
+from flows.progress import show_progress
 from flows.train_basis import artifact_key, train_basis
 from infra.errors import StoreError
 from infra.manifests import AdapterRecord
@@ -60,6 +62,20 @@ def test_flow_publishes_once_and_leaves_artifacts(tiny_sd_dir: Path, tmp_path: P
     assert len(Registry(open_store(url)).versions("colour_1", "adapter")) == 1
 
 
+def test_progress_that_prefect_does_not_take_is_logged_and_costs_nothing_else(monkeypatch, caplog):
+    def refuse(_artifact: object, progress: float) -> None:
+        raise ConnectionError("no answer")
+
+    @flow
+    def shows() -> str:
+        show_progress(UUID(int=0), 40.0)
+        return "went on"
+
+    monkeypatch.setattr("flows.progress.update_progress_artifact", refuse)
+    assert shows() == "went on"
+    assert "progress of 40 % was not shown: ConnectionError: no answer" in caplog.text
+
+
 def test_an_interrupted_flow_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, monkeypatch, caplog):
     monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     run = {**RUN, "name": "colour_2", "base_model": str(tiny_sd_dir)}
@@ -70,7 +86,7 @@ def test_an_interrupted_flow_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_p
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("flows.train_basis.update_progress_artifact", interrupt)
+        patched.setattr("flows.progress.update_progress_artifact", interrupt)
         with pytest.raises(BaseException) as stopped:  # noqa: PT011 - Prefect may wrap it
             train_basis(run, **places)
     assert not isinstance(stopped.value, AssertionError)

@@ -156,9 +156,16 @@ def test_two_are_kept_in_the_store_and_orphans_go(save, tmp_path):
     root = tmp_path / "store"
     (root / "files/000001-0123").mkdir(parents=True)
     (root / "files/000001-0123/state.pt").write_bytes(b"an upload that was cut")
+    strays = [root / "files/notes.txt", root / "manifests/.DS_Store"]
+    for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_bytes(b"no part of any checkpoint, and left alone")
     checkpoints = StoredCheckpoints(LocalStore(root), tmp_path / "cache")
     for iteration in (1, 2, 3, 4):
         save(checkpoints, iteration)
+    assert checkpoints.latest().name == "iteration_000004"
+    for stray in strays:
+        stray.unlink()
     kept = ["000003", "000003", "000004", "000004"]
     assert stored(root) == [*(f"files/{i}" for i in kept), "manifests/000003", "manifests/000004"]
     manifest = json.loads(next((root / "manifests").glob("000004-*")).read_text())

@@ -121,6 +121,8 @@ def test_more_iterations_extend_a_run(fitted, settings, tmp_path):
     fit_basis(config, output_dir=tmp_path)
     extended = fit_basis(config.model_copy(update={"iterations": 2}), output_dir=tmp_path)
     assert largest_difference(extended.adapter_dir, fitted[2].adapter_dir) == 0
+    with pytest.raises(ResumeError, match="is of iteration 2 and iterations is 1: raise it, or train into another"):
+        fit_basis(config, output_dir=tmp_path)
 
 
 def test_other_settings_in_the_same_directory_are_refused(fitted, settings):
