@@ -154,10 +154,11 @@ def history(seed=0, gains=(0.0, 1.0, 2.0), kls=(0.0, 50.0, 200.0), **last):
 def test_gains_are_in_base_deviations_with_an_interval_over_seeds(bench):
     gains = bench("finetuning_parts.gains")
     runs = {0: history(gains=(0.0, 1.0, 2.0)), 1: history(gains=(0.0, 1.0, 3.0)), 2: history(gains=(0.0, 1.0, 4.0))}
-    figures = gains.gains_of(runs)
+    figures = gains.gains_of(runs, drawn_mean=0.6)
     half = 4.3027 / 3**0.5  # t of two degrees of freedom, standard deviation 1
     assert figures["mean"] == pytest.approx(3.0)
     assert (figures["low"], figures["high"]) == (pytest.approx(3 - half, abs=1e-3), pytest.approx(3 + half, abs=1e-3))
+    assert figures["drawings"] == pytest.approx(0.5)
     assert (figures["base_std"], figures["path_kl"], figures["seconds"]) == (0.2, 200.0, 6.0)
     assert figures["diversity"]["base"] == 0.3
     assert figures["watched"]["alignment"]["mean"] == pytest.approx(-1.0)
@@ -168,7 +169,7 @@ def test_gains_are_in_base_deviations_with_an_interval_over_seeds(bench):
 
 def test_the_gain_is_that_of_the_adapter_that_is_published(bench):
     gains = bench("finetuning_parts.gains")
-    [one] = gains.gains_of({4: history(stopped="path KL", kept_iteration=7)})["per_seed"]
+    [one] = gains.gains_of({4: history(stopped="path KL", kept_iteration=7)}, 0.5)["per_seed"]
     assert (one["gain"], one["path_kl"], one["kl_weight"]) == (pytest.approx(1.0), 50.0, 0.005)
     assert one["stopped"] == "path KL"
 
@@ -176,7 +177,7 @@ def test_the_gain_is_that_of_the_adapter_that_is_published(bench):
 def test_a_single_seed_has_no_interval_and_older_metrics_have_no_diversity(bench):
     gains = bench("finetuning_parts.gains")
     lines = [{k: v for k, v in line.items() if k not in ("held_out_diversity", "watched")} for line in history()]
-    figures = gains.gains_of({0: lines})
+    figures = gains.gains_of({0: lines}, 0.5)
     assert (figures["low"], figures["high"]) == (None, None)
     assert not {"diversity", "watched"} & set(figures)
 
@@ -235,3 +236,10 @@ def test_the_default_section_is_the_affordable_one(bench, tmp_path):
         ["--gains", "--basis", "alignment", "--iterations", "2", "--work", str(tmp_path)]
     )
     assert (options.sections, options.basis, options.changes) == (["gains"], ["alignment"], {"iterations": 2})
+
+
+def test_drawings_of_the_prompts_show_what_they_say(bench):
+    config = bench("finetuning_parts.runs").run_config("alignment", 0)
+    scores = bench("finetuning_parts.drawings").score_drawings(config)
+    assert len(scores) == 64
+    assert scores.mean() > 0.85

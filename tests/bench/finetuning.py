@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import RESULTS, flatten, write_figures
+from finetuning_parts.drawings import score_drawings
 from finetuning_parts.gains import compare_objectives, gains_of
 from finetuning_parts.plot import draw_objectives
 from finetuning_parts.runs import Run, run_config, train_all
@@ -42,10 +43,10 @@ def measure_gains(options: argparse.Namespace) -> dict[str, Any]:
         for basis in options.basis
     }
     found = train_all([run for by_seed in runs.values() for run in by_seed.values()], options.jobs)
-    gains = {
-        basis: gains_of({seed: found[run.directory] for seed, run in by_seed.items()})
-        for basis, by_seed in runs.items()
-    }
+    gains = {}
+    for basis, by_seed in runs.items():
+        drawings = score_drawings(next(iter(by_seed.values())).config)
+        gains[basis] = gains_of({seed: found[run.directory] for seed, run in by_seed.items()}, drawings.mean().item())
     for by_seed in runs.values():
         print(*(f"look at {run.directory}/adapter/samples.png" for run in by_seed.values()), sep="\n")
     return {"gains": {**({} if options.changes else earlier("gains")), **gains}}

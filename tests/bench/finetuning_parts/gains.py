@@ -18,16 +18,18 @@ from blend.finetune.held_out import Metrics, published
 History = Sequence[Metrics]
 
 
-def gains_of(histories: Mapping[int, History]) -> dict[str, Any]:
+def gains_of(histories: Mapping[int, History], drawn_mean: float) -> dict[str, Any]:
     """The figures of one basis from its histories by seed: those of the adapters that are published.
 
-    mean, low, high: the gain; base_std in units of the reward; path_kl in nats, mean over seeds; diversity and the
+    mean, low, high: the gain; drawings: that of real drawings, whose mean reward is drawn_mean; base_std in units of
+    the reward; path_kl in nats, mean over seeds; diversity and the
     rewards that were watched, where the runs measured them, the latter in their own base deviations.
     """
     seeds = [seed_figures(seed, history) for seed, history in sorted(histories.items())]
     base = next(iter(histories.values()))[0]
     figures: dict[str, Any] = {
         **over_seeds([one["gain"] for one in seeds]),
+        "drawings": (drawn_mean - base["held_out_mean"]) / deviation(base),
         "base_mean": base["held_out_mean"],
         "base_std": base["held_out_std"],
         "path_kl": mean([one["path_kl"] for one in seeds]),
