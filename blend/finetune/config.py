@@ -66,6 +66,9 @@ class TrainConfig(BaseModel):
     kl_target: PositiveFloat | None = None
     # when to stop early
     guard: Guard = Guard()
+    # which adapter is published at the end: the last, or of those evaluated and within kl_target (a tenth above it is
+    # forgiven: alpha holds the KL near it, not on it) the one whose held-out reward is highest
+    keep: Literal["last", "best"] = "last"
     # the ratio of mean-per-element probabilities is clipped to 1 +- this
     clip_range: PositiveFloat = 1e-4
     # largest gradient norm over all adapter parameters

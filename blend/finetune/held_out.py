@@ -15,6 +15,7 @@ from blend.metrics import diversity
 
 Metrics = dict[str, Any]
 SHEET_IMAGES, SHEET_PIXELS = 8, 256
+FORGIVEN = 1.1  # path KL of an adapter that counts as within its budget, over that budget
 
 
 def owned_requests(requests: Sequence[Request], workgroup: Workgroup) -> list[Request]:
@@ -67,8 +68,16 @@ def broken_rule(guard: Guard, history: Sequence[Metrics]) -> str | None:
     return None
 
 
+def best_within(history: Sequence[Metrics], kl_target: float | None) -> int | None:
+    """The iteration whose held-out reward is highest of those that keep the budget (nats); None when none does."""
+    most = math.inf if kl_target is None else FORGIVEN * kl_target
+    tuned = [line for line in history if "held_out_mean" in line and line["iteration"]]
+    within = [line for line in tuned if line["held_out_path_kl"] <= most]
+    return max(within, key=lambda line: line["held_out_mean"])["iteration"] if within else None
+
+
 def published(history: Sequence[Metrics]) -> Metrics:
-    """The evaluation of the adapter that is published: the last one, or the one that an early stop went back to."""
+    """The evaluation of the adapter that is published: the last, or the one that the run went back to at its end."""
     evaluations = [line for line in history if "held_out_mean" in line]
     kept = history[-1].get("kept_iteration")
     return evaluations[-1] if kept is None else next(line for line in evaluations if line["iteration"] == kept)

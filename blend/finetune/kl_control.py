@@ -5,8 +5,8 @@ from typing import Any
 
 # alpha follows the KL that HORIZON more iterations of the present trend would lead to, since the optimiser's momentum
 # carries the policy on. The distance from the base, the root of the KL, is what grows steadily.
-GAIN, LARGEST = 1.0, 0.5
-HORIZON = 8.0
+GAIN, LARGEST = 0.25, 2.0
+HORIZON = 16.0
 SMOOTHING = 0.3  # weight of the newest measurement: a few prompts make it noisy
 
 

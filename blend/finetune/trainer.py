@@ -15,7 +15,7 @@ from blend.engine import BlendEngine
 from blend.finetune import advantages
 from blend.finetune.config import TrainConfig, require_resumable
 from blend.finetune.errors import ConfigError, FinetuneError, NonFiniteError
-from blend.finetune.held_out import Metrics, broken_rule, owned_requests, sheet_row, summarise
+from blend.finetune.held_out import Metrics, best_within, broken_rule, owned_requests, sheet_row, summarise
 from blend.finetune.kl_control import KLControl
 from blend.finetune.objectives import OBJECTIVES
 from blend.finetune.policy import Policy, Transitions
@@ -78,7 +78,7 @@ class Trainer:
         self.history: list[Metrics] = []
         self.sheets: dict[int, Tensor] = {}
         self.finished = False  # stopped early, by the guard
-        self._kept: tuple[int, list[Tensor]] = (0, [])  # iteration and parameters that broke no rule yet
+        self._kept: tuple[int, list[Tensor]] = (0, [])  # iteration and parameters to go back to
 
     # ---- one iteration
 
@@ -197,14 +197,17 @@ class Trainer:
         return metrics
 
     def guard(self) -> Metrics:
-        """Look at the latest evaluation in `history`: keep what passed, or go back to it and say why.
+        """Look at the latest evaluation in `history`: keep what is to be published, go back to it at the end.
 
         Returns what the history's last line has to add; `finished` is set when training must not go on.
         """
         reason = broken_rule(self.config.guard, self.history)
         if reason is None:
-            self._kept = (self.iteration, [parameter.detach().clone() for parameter in self.parameters])
-            return {}
+            best = best_within(self.history, self.config.kl_target)
+            if self.config.keep == "last" or best == self.iteration:
+                self._kept = (self.iteration, [parameter.detach().clone() for parameter in self.parameters])
+            if self.iteration < self.config.iterations or self._kept[0] in (0, self.iteration):
+                return {}
         iteration, kept = self._kept
         if not iteration:
             raise FinetuneError(
@@ -214,6 +217,8 @@ class Trainer:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, kept, strict=True):
                 parameter.copy_(value)
+        if reason is None:
+            return {"kept_iteration": iteration}
         self.finished = True
         return {"stopped": reason, "kept_iteration": iteration}
 

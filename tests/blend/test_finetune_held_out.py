@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blend.finetune.config import Guard, TrainConfig
-from blend.finetune.held_out import broken_rule, owned_requests, published, sheet_row, summarise
+from blend.finetune.held_out import best_within, broken_rule, owned_requests, published, sheet_row, summarise
 from blend.finetune.kl_control import GAIN, LARGEST, KLControl
 from blend.finetune.rollout import Scored, plan_held_out
 from blend.finetune.workgroup import Workgroup
@@ -48,6 +48,16 @@ def test_what_is_published_is_the_last_evaluation_or_the_kept_one():
     history = [line(0), line(2, mean=1.0), {"iteration": 3}, line(4, mean=2.0)]
     assert published(history)["iteration"] == 4
     assert published([*history[:-1], {**line(4), "kept_iteration": 2}])["iteration"] == 2
+
+
+def test_the_best_is_the_highest_reward_that_keeps_the_budget():
+    history = [line(0, mean=9.0), line(2, mean=1.0, kl=50.0), {"iteration": 3}, line(4, mean=3.0, kl=110.5)]
+    history.append(line(6, mean=2.0, kl=109.5))
+    assert best_within(history, 100.0) == 6  # a tenth above the budget is forgiven
+    assert best_within(history, 60.0) == 2
+    assert best_within(history, 10.0) is None
+    assert best_within(history, None) == 4
+    assert best_within(history[:1], None) is None
 
 
 def test_watched_rewards_keep_their_own_moments_and_diversity_is_within_a_prompt():

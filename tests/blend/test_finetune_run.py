@@ -57,6 +57,29 @@ def test_kl_target_holds_the_held_out_path_kl(make_trainer, redness):
     assert trainer.control.weight > 1e-4
 
 
+def test_the_best_within_the_budget_is_kept_and_gone_on_from(make_trainer, redness):
+    changes = {"keep": "best", "kl_weight": 1e-9, "eval_every": 1, "learning_rate": 0.01, "iterations": 4}
+    free = make_trainer(redness, **changes)
+    run_training(free, save=lambda trainer: None)
+    # a budget, with alpha too small to keep it, that only the adapters before the last are within
+    changes["kl_target"] = free.history[3]["held_out_path_kl"]
+    trainer, seen = make_trainer(redness, **changes), {}
+    run_training(trainer, save=lambda trainer: seen.update({trainer.iteration: parameters_of(trainer)}))
+    within = [m["iteration"] for m in trainer.history[1:] if m["held_out_path_kl"] <= 1.1 * changes["kl_target"]]
+    last = trainer.history[-1]
+    assert last["kept_iteration"] in within
+    assert last["iteration"] not in within
+    assert not trainer.finished
+    assert "stopped" not in last
+    state = trainer.state_dict()
+    for kept, now in zip(seen[last["kept_iteration"]], parameters_of(trainer), strict=True):
+        assert torch.equal(kept, now)
+    longer = make_trainer(redness, **{**changes, "iterations": 5})
+    longer.load_state_dict(state)
+    run_training(longer, save=lambda trainer: None)
+    assert longer.history[-1]["iteration"] == 5
+
+
 def test_an_early_stop_goes_back_to_the_adapter_that_broke_no_rule(make_trainer, redness, tmp_path):
     changes = {"guard": {"kl": 0.5, "watch": {"compressibility": 50.0}}, "eval_every": 1, "kl_weight": 1e-4}
     watched = {"compressibility": load_reward("compressibility")}
