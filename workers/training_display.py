@@ -121,8 +121,8 @@ class LivePanel:
         if self._held_out is not None:
             at = f"at iteration {self._held_out['iteration']}" if self._held_out["iteration"] else "the base"
             rows.add_row("  held out", ", ".join([*held_out_words(self._held_out, self._base), at]))
-        if stopped := self._newest.get("stopped"):
-            rows.add_row("  stopped", f"{stopped}; the adapter of iteration {self._newest['kept_iteration']} is kept")
+        if words := kept_words(self._newest):
+            rows.add_row("  stopped" if "stopped" in self._newest else "  kept", words)
         return Group(bar, rows)
 
 
@@ -166,9 +166,17 @@ def progress_line(metrics: Metrics) -> str:
         parts.append(", ".join(rolled))
     if "held_out_mean" in metrics:
         parts.append("held out " + ", ".join(held_out_words(metrics)))
-    if "stopped" in metrics:
-        parts.append(f"stopped: {metrics['stopped']}; the adapter of iteration {metrics['kept_iteration']} is kept")
+    if words := kept_words(metrics):
+        parts.append(f"stopped: {words}" if "stopped" in metrics else words)
     return ": ".join([parts[0], "; ".join(parts[1:])])
+
+
+def kept_words(metrics: Metrics) -> str | None:
+    """Which earlier adapter a run went back to at its end, and why; None when it kept the last."""
+    if "kept_iteration" not in metrics:
+        return None
+    adapter = f"the adapter of iteration {metrics['kept_iteration']} is kept"
+    return f"{metrics['stopped']}; {adapter}" if "stopped" in metrics else f"{adapter}: the best within the KL budget"
 
 
 def rollout_words(metrics: Metrics) -> list[str]:

@@ -61,6 +61,8 @@ def outcome_sentence(config: TrainConfig, history: Sequence[Metrics]) -> str:
     )
     if outcome.stopped:
         sentence += f"; stopped early: {outcome.stopped}, the adapter of iteration {tuned['iteration']} is kept"
+    elif tuned["iteration"] < history[-1]["iteration"]:
+        sentence += f"; the adapter of iteration {tuned['iteration']} is kept, the best within the KL budget"
     return sentence
 
 

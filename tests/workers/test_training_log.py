@@ -203,3 +203,5 @@ def test_the_time_left_follows_the_pace(monkeypatch):
 def test_a_line_says_why_a_run_stopped():
     text = progress_line({**line(4), "stopped": "path KL 51.0 nats, above guard.kl 50", "kept_iteration": 2})
     assert text.endswith("stopped: path KL 51.0 nats, above guard.kl 50; the adapter of iteration 2 is kept")
+    text = progress_line({**line(6), "kept_iteration": 4})
+    assert text.endswith("; the adapter of iteration 4 is kept: the best within the KL budget")

@@ -184,6 +184,10 @@ def test_outcome_is_that_of_the_published_adapter():
     assert outcome.diversity == pytest.approx((0.25, 0.19))
     sentence = outcome_sentence(CONFIG, make_history(stopped=True))
     assert "stopped early: path KL 51.0 nats, above guard.kl 50, the adapter of iteration 6 is kept" in sentence
+    history = make_history()
+    assert "is kept" not in outcome_sentence(CONFIG, history)
+    history[-1]["kept_iteration"] = 6
+    assert "the adapter of iteration 6 is kept, the best within the KL budget" in outcome_sentence(CONFIG, history)
     plain = Outcome.of(CONFIG, make_history(plain=True))
     assert (plain.alpha, plain.diversity, plain.watched) == (0.01, None, {})
 
