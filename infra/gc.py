@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from infra.blobs import blob_path
 from infra.errors import IntegrityError, ObjectMissingError, ReadOnlyError, RegistryError, StoreError
 from infra.intents import FOLDER, HOLDS, INTENTS, STOP_AFTER_S, Steps, elapsed, outlast, read_note, run, write_note
-from infra.manifests import AdapterRecord, BundleRecord
+from infra.manifests import AdapterRecord, BundleRecord, Commit
 from infra.registry import Registry
 from infra.storage import Listed, Store
 from infra.versions import VersionLog
@@ -90,6 +90,7 @@ def collecting(
         yield 0.0
         aborted = store.abort_uploads(before)
         if others:
+            # Those whose collectors died are removed, so that no publisher has to wait as long.
             on_progress("waiting for another collection to end, five minutes if it was cut short")
             yield from outlast(store, lambda: others.intersection(store.list(INTENTS)), clock)
     return GcReport(
@@ -112,12 +113,13 @@ class Marks:
 
     def refresh(self) -> Steps[None]:
         """Read what was committed since. Raises IntegrityError or SchemaError for a manifest that cannot be read."""
-        for model, folder in ((AdapterRecord, "adapters"), (BundleRecord, "bundles")):
+        models: dict[str, type[Commit]] = {"adapters": AdapterRecord, "bundles": BundleRecord}
+        for folder, model in models.items():
             for name in self.store.folders(folder):
                 yield 0.0
                 yield from self._follow(VersionLog(self.store, model, f"{folder}/{name}"))
 
-    def _follow(self, log: VersionLog[AdapterRecord] | VersionLog[BundleRecord]) -> Steps[None]:
+    def _follow(self, log: VersionLog[Commit]) -> Steps[None]:
         listed = [_version(path) for path in self.store.list(f"{log.folder}/versions")]
         last = max(listed, default=0)
         # On past the last one listed, for the sake of stores whose listings lag.
@@ -165,9 +167,7 @@ def _doomed(store: Store, orphans: Sequence[str], intent: str, marks: Marks) -> 
     notes = store.listing(FOLDER)
     own = next((note for note in notes if note.path == intent), None)
     if own is None:
-        raise StoreError(
-            f"{store.url} does not list at once what is written to it, which collecting garbage depends on"
-        )
+        raise StoreError(f"{store.url} does not list at once what is written to it: nothing can be deleted safely")
     yield 0.0
     held = yield from _held(store, _standing(store, notes, own))
     # Holds before manifests: one that went away meanwhile went after its commit.

@@ -143,7 +143,7 @@ class S3Store(Store):
 
     def abort_uploads(self, before: datetime) -> int:
         aborted = 0
-        after: dict[str, str] = {}
+        after: dict[str, Any] = {}
         prefix = f"{self.prefix}/" if self.prefix else ""
         while True:
             with self._errors(""):
