@@ -47,3 +47,54 @@ def cluster(tiny_store_url):
 
     with ray_session(num_cpus=2, num_gpus=0) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def job(tiny_sd_dir):
+    """A training job of seconds on a tiny model."""
+    from blend.finetune.config import TrainConfig
+    from workers.training import TrainJob
+
+    settings = {
+        "name": "stored",
+        "reward": "colourfulness",
+        "base_model": str(tiny_sd_dir),
+        "prompts": ("A red colored car.", "A blue colored cup."),
+        "held_out_prompts": ("A red colored cup.",),
+        "held_out_images": 2,
+        "rank": 2,
+        "iterations": 6,
+        "prompts_per_iteration": 2,
+        "images_per_prompt": 2,
+        "num_inference_steps": 2,
+        "train_steps_per_sample": 1,
+        "num_workers": 0,
+    }
+    return TrainJob.prepare(TrainConfig.parse(settings))
+
+
+@pytest.fixture(scope="module")
+def trainer(job):
+    """One whose base was evaluated; tests set its iteration and save it."""
+    trainer = job.trainer()
+    trainer.history.append({"iteration": 0, **trainer.evaluate()})
+    return trainer
+
+
+@pytest.fixture
+def save(trainer):
+    def at(checkpoints, iteration):
+        trainer.iteration = iteration
+        return checkpoints.save(trainer)
+
+    return at
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Stores are given up after a third of a second."""
+    from workers import checkpoints as places
+
+    monkeypatch.setattr(places, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(places, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(places, "DEADLINE_S", 0.3)
