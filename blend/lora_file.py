@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -120,11 +120,52 @@ def write_lora(directory: str | Path, layers: Mapping[str, LoraLayer], metadata:
     header = {**metadata, "format": "pt", METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
     file, partial = directory / WEIGHT_NAME, directory / f".{WEIGHT_NAME}.{os.getpid()}"
     try:
-        save_file(tensors, partial, metadata=header)
+        _save(tensors, partial, header)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
     return file
+
+
+def write_kohya(source: str | Path, target: str | Path, metadata: Mapping[str, str]) -> Path:
+    """Write the adapter at `source` as one file with kohya's names, which ComfyUI and A1111 read.
+
+    `metadata` goes into the header. Raises AdapterError when `source` cannot be read; leaves no half-written file.
+    """
+    # diffusers owns the mapping to kohya's flattened names; its import is heavy and rarely needed
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    layers = read_lora(source).layers
+    factors = {}
+    for name, layer in layers.items():
+        factors[f"unet.{name}.lora_A.weight"] = layer.down.detach().float().cpu().contiguous()
+        factors[f"unet.{name}.lora_B.weight"] = layer.up.detach().float().cpu().contiguous()
+    tensors = convert_state_dict_to_kohya(factors)
+    for name, layer in layers.items():
+        # kohya multiplies by alpha / rank, whatever the adapter was scaled by in training
+        key = f"{_KOHYA_UNET}{name.replace('.', '_')}.alpha"
+        if key not in tensors:
+            raise AdapterError(f"{source}: layer {name} has no name in kohya's layout: export it as a diffusers LoRA")
+        tensors[key] = torch.tensor(layer.scale * layer.rank)
+    target = Path(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        _save({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """The same bytes for the same content: safetensors alone writes its metadata in an order drawn anew each time."""
+    data = save(tensors, metadata=dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def _from_kohya(tensors: dict[str, Tensor], layers_per_block: int, file: Path) -> dict[str, Tensor]:

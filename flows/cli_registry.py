@@ -1,22 +1,16 @@
-"""`diffusion-blend registry ...`: look at what is stored, move aliases, check a store, export adapters."""
+"""`diffusion-blend registry ...`: look at what is stored, and check a store. What changes it is in cli_lifecycle."""
 
-import getpass
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from infra.manifests import AliasEntry, Kind, Record
+    from infra.manifests import Kind, Record
     from infra.registry import Registry
     from infra.settings import Settings
 
 Ref = Annotated[str, typer.Argument(help="NAME for the newest, NAME@VERSION or NAME@ALIAS.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME")]
-AliasOption = Annotated[str, typer.Option("--alias", help="The alias to move.")]
-ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the alias's history.")]
-ActorOption = Annotated[str, typer.Option("--actor", help="Who; your user name unless given.")]
 AdapterOption = Annotated[bool, typer.Option("--adapter", help="NAME is an adapter, not a bundle.")]
 StoreOption = Annotated[
     str, typer.Option("--store", help="file:// or s3:// URL; DIFFUSION_BLEND_STORE_URL unless given.")
@@ -28,6 +22,9 @@ registry_app = typer.Typer(
 
 
 def register(app: typer.Typer) -> None:
+    # Adds its commands to the same group.
+    from flows import cli_lifecycle  # noqa: F401
+
     app.add_typer(registry_app, name="registry")
 
 
@@ -39,7 +36,7 @@ def list_names(store: StoreOption = "") -> None:
 
     from workers.bundles import shipped_registry
 
-    own = _registry(_settings(store))
+    own = registry_at(store)
     table = Table("kind", "name", "versions", "aliases", "what it is", "where")
     for registry in filter(None, (own, shipped_registry())):
         for row in _rows(registry):
@@ -51,72 +48,26 @@ def list_names(store: StoreOption = "") -> None:
 
 
 @registry_app.command()
-def show(ref: Ref, adapter: AdapterOption = False, store: StoreOption = "") -> None:
-    """Print a manifest as JSON, with the history of every alias of its name."""
+def show(
+    ref: Ref,
+    adapter: AdapterOption = False,
+    tree: Annotated[bool, typer.Option("--tree", help="From the base model to evaluations, instead.")] = False,
+    store: StoreOption = "",
+) -> None:
+    """Print a manifest as JSON, with the history of every alias of its name; or where it comes from, as a tree."""
     from workers.bundles import find_record
 
-    kind = _kind(adapter)
-    registry, record = find_record(ref, _settings(store), kind)
+    kind = kind_of(adapter)
+    registry, record = find_record(ref, settings_at(store), kind)
+    if tree:
+        _print_tree(registry, record, store)
+        return
     histories = {
         alias: [entry.model_dump(mode="json") for entry in registry.history(record.name, alias, kind)]
         for alias in registry.alias_names(record.name, kind)
     }
     document = {"manifest": record.model_dump(mode="json"), "aliases": histories}
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
-
-
-@registry_app.command()
-def promote(
-    ref: Ref,
-    reason: ReasonOption,
-    alias: AliasOption = "champion",
-    actor: ActorOption = "",
-    adapter: AdapterOption = False,
-    store: StoreOption = "",
-) -> None:
-    """Point an alias at a version."""
-    registry, kind = _registry(_settings(store)), _kind(adapter)
-    record = registry.get(ref, kind)
-    entry = registry.promote(
-        record.name, record.version, alias, actor=actor or getpass.getuser(), reason=reason, kind=kind
-    )
-    _report(record.name, alias, entry)
-
-
-@registry_app.command()
-def rollback(
-    name: NameArgument,
-    reason: ReasonOption,
-    alias: AliasOption = "champion",
-    actor: ActorOption = "",
-    adapter: AdapterOption = False,
-    store: StoreOption = "",
-) -> None:
-    """Point an alias back at the version before."""
-    registry = _registry(_settings(store))
-    entry = registry.rollback(name, alias, actor=actor or getpass.getuser(), reason=reason, kind=_kind(adapter))
-    _report(name, alias, entry)
-
-
-@registry_app.command()
-def bundle(
-    name: NameArgument,
-    adapters: Annotated[list[str], typer.Argument(metavar="[BASIS=]ADAPTER...", help="As colourfulness or vivid=a@3.")],
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Served unless a request says otherwise.")],
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps, likewise.")],
-    store: StoreOption = "",
-) -> None:
-    """Join published adapters of one base into a bundle, the unit that is served; `promote` it next."""
-    from infra.manifests import BundleDefaults
-
-    registry = _registry(_settings(store))
-    named = (text.rpartition("=") for text in adapters)
-    records = {basis or ref.partition("@")[0]: registry.get_adapter(ref) for basis, _, ref in named}
-    if len(records) < len(adapters):
-        raise typer.BadParameter(f"{' '.join(adapters)} names a basis twice: write BASIS=ADAPTER with distinct names")
-    defaults = BundleDefaults(guidance_scale=guidance_scale, num_inference_steps=steps)
-    base = next(iter(records.values())).base
-    typer.echo(f"Published {registry.publish_bundle(name, base, records, defaults=defaults).ref}")
 
 
 @registry_app.command()
@@ -127,7 +78,7 @@ def doctor(store: StoreOption = "") -> None:
     from infra.doctor import examine
     from infra.errors import IntegrityError
 
-    registry = _registry(_settings(store))
+    registry = registry_at(store)
     with Console(stderr=True).status("") as status:
         findings = examine(registry, lambda what: status.update(f"looking at {what}"))
     for finding in findings:
@@ -137,19 +88,21 @@ def doctor(store: StoreOption = "") -> None:
     typer.echo(f"{registry.store.url} is sound.")
 
 
-@registry_app.command()
-def export(
-    ref: Ref,
-    directory: Annotated[Path, typer.Argument(help="A new directory.")],
-    adapter: AdapterOption = False,
-    store: StoreOption = "",
-) -> None:
-    """Write an adapter, or every adapter of a bundle, as diffusers LoRA directories."""
-    from infra.export import export as write
-    from workers.bundles import find_record
+def _print_tree(registry: "Registry", record: "Record", store: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.tree import Tree
 
-    registry, record = find_record(ref, _settings(store), _kind(adapter))
-    typer.echo(f"{record.ref} is in {write(registry, record, directory)}")
+    from infra.lineage import Node, lineage
+
+    def grow(node: Node, tree: Tree) -> Tree:
+        for child in node.children:
+            text = escape(child.text)
+            grow(child, tree.add(f"[bold]{text}[/bold]" if child.chosen else text))
+        return tree
+
+    root = lineage(registry, record, registry_at(store).store)
+    Console().print(grow(root, Tree(escape(root.text))))
 
 
 def _rows(registry: "Registry") -> list[tuple[str, ...]]:
@@ -171,23 +124,20 @@ def _summary(record: "Record") -> str:
     return f"{record.reward} on {record.base.source}, rank {record.rank}"
 
 
-def _report(name: str, alias: str, entry: "AliasEntry") -> None:
-    typer.echo(f"{name}@{alias} is version {entry.version} (move {entry.seq} by {entry.actor}: {entry.reason})")
-
-
-def _kind(adapter: bool) -> "Kind":
+def kind_of(adapter: bool) -> "Kind":
     return "adapter" if adapter else "bundle"
 
 
-def _settings(store: str) -> "Settings":
+def settings_at(store: str) -> "Settings":
     from infra.settings import read_settings
 
     settings = read_settings()
     return settings.model_copy(update={"store_url": store}) if store else settings
 
 
-def _registry(settings: "Settings") -> "Registry":
+def registry_at(store: str) -> "Registry":
     from infra.registry import Registry
     from infra.storage import open_store
 
+    settings = settings_at(store)
     return Registry(open_store(settings.store_url, settings))

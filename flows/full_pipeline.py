@@ -87,10 +87,11 @@ def register_bundle(name: str, adapters: list[AdapterRecord], run: TrainConfig, 
 
 @task(retries=3, retry_delay_seconds=[2, 10, 30])
 def promote_bundle(ref: str, store_url: str | None) -> None:
-    """Make the evaluated bundle the champion of its name."""
+    """Make the evaluated bundle the champion of its name, unless the champion was evaluated as better."""
     from workers.basis import promote
 
-    promote(ref, "trained and evaluated by full-pipeline", store_url)
+    if not promote(ref, "trained and evaluated by full-pipeline", store_url):
+        get_run_logger().warning("%s does not become the champion: the worker's log says why", ref)
 
 
 @task(retries=2, retry_delay_seconds=2)

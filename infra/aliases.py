@@ -76,6 +76,18 @@ class Alias:
                 raise self._moved(seq, self.read()) from None
         return unseal(AliasEntry, data, self.path)
 
+    def set_once(self, record: Commit, *, actor: str, reason: str) -> AliasEntry:
+        """Point a new alias at a version for good. Raises AliasMovedError when it points at another."""
+        current = self.read()
+        if current is not None and (current.version, current.digest) == (record.version, record.digest):
+            return current
+        try:
+            return self.move(record, actor=actor, reason=reason, expected_seq=0)
+        except AliasMovedError:
+            raise AliasMovedError(
+                f"{self.ref} is taken, and tags do not move: choose another tag, or `promote` to move an alias"
+            ) from None
+
     def previous(self) -> tuple[AliasEntry, AliasEntry]:
         """What holds now, and the move that a rollback goes back to: rollbacks in a row walk further back."""
         current = self.read()

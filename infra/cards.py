@@ -46,8 +46,8 @@ def adapter_card(name: str, facts: AdapterFacts) -> str:
         rank=facts.rank,
         alpha=facts.alpha,
         targets=", ".join(facts.target_modules),
-        kl_weight=f"{facts.kl_weight:g}{target}",
-        seed=facts.seed,
+        kl_weight="not known" if facts.kl_weight is None else f"{facts.kl_weight:g}{target}",
+        seed="not known" if facts.seed is None else facts.seed,
         metrics=f"## Measured\n\n| Metric | Value |\n|---|---|\n{rows}\n" if rows else "",
     )
 

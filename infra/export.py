@@ -17,8 +17,7 @@ def export(registry: Registry, record: Record, directory: Path) -> Path:
 
     The manifest is written beside them. Raises RegistryError when the directory holds something already.
     """
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise RegistryError(f"{directory} is not an empty directory: name a new one")
+    check_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.parent / f".{directory.name}-{secrets.token_hex(8)}"
     try:
@@ -32,3 +31,9 @@ def export(registry: Registry, record: Record, directory: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
+
+
+def check_new(directory: Path) -> None:
+    """Raise RegistryError unless the directory is new, or empty."""
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise RegistryError(f"{directory} is not an empty directory: name a new one")

@@ -26,7 +26,7 @@ from pydantic import (
 
 from infra.errors import IntegrityError, RegistryError, SchemaError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION = 2  # the newest that is read; see schema_version for what is written
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "README.md"
@@ -126,10 +126,11 @@ class AdapterFacts(Origin):
     reward: str
     reward_version: str
     reward_sha256: Sha256 | None = None  # of the reward model's weights; None for a formula
-    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # alpha in force at the end of training
+    # alpha in force at the end of training; None: not known, of an adapter that was trained elsewhere
+    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     # nats that training held the path KL at by moving alpha; None: alpha was fixed
     kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    seed: Seed
+    seed: Seed | None  # None: not known, likewise
 
     @model_serializer(mode="wrap")
     def _as_before_where_alpha_was_fixed(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -184,7 +185,7 @@ class BundleFacts(Origin):
 class Commit(Facts):
     """What the registry adds when a version is committed."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = 1
     name: Name
     version: Annotated[int, Field(ge=1)]
     content_sha256: Sha256  # over everything but PROVENANCE: equal content is one version
@@ -216,7 +217,7 @@ Record = AdapterRecord | BundleRecord
 class AliasEntry(Facts):
     """One move of an alias. `seq` counts the moves; `restores` is the seq that a rollback went back to."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     version: Annotated[int, Field(ge=1)]
     digest: Sha256
     seq: Annotated[int, Field(ge=1)]
@@ -226,6 +227,11 @@ class AliasEntry(Facts):
     nonce: str
     created_at: datetime
     checksum: Sha256  # of the rest of this entry; `digest` is that of the manifest it points at
+
+
+def schema_version(fields: dict[str, Any]) -> int:
+    """The oldest schema that can say this: before 2, an adapter's training was always known in full."""
+    return 2 if any(fields.get(name, 0) is None for name in ("kl_weight", "seed")) else 1
 
 
 def canonical(fields: dict[str, Any]) -> bytes:

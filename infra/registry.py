@@ -24,11 +24,16 @@ from infra.aliases import Alias
 from infra.artifact_files import adapter_files
 from infra.blobs import blob_path, cached_adapter, fetch_adapter, put_blob
 from infra.cards import adapter_card
-from infra.errors import IntegrityError, ObjectMissingError, ReadOnlyError, RegistryError, UnknownRecordError
+from infra.errors import (
+    IntegrityError,
+    ObjectMissingError,
+    ReadOnlyError,
+    RegistryError,
+    UnknownRecordError,
+)
 from infra.intents import StillHeld, held
 from infra.manifests import (
     CARD_FILE,
-    SCHEMA_VERSION,
     AdapterFacts,
     AdapterLink,
     AdapterRecord,
@@ -41,6 +46,7 @@ from infra.manifests import (
     Record,
     check_name,
     content_sha256,
+    schema_version,
     seal,
 )
 from infra.storage import Store
@@ -222,6 +228,13 @@ class Registry:
         record = self._version(kind, name, version)
         return target.move(record, actor=actor, reason=reason, expected_seq=expected_seq)
 
+    def tag(self, name: str, version: int, tag: str, *, actor: str, reason: str, kind: Kind = "bundle") -> AliasEntry:
+        """Name a version for good. Raises AliasMovedError when the tag is that of another."""
+        self._writable("tag")
+        check_name(name, f"{kind} name")
+        record = self._version(kind, name, version)
+        return Alias(self.store, f"{kind}s/{name}", tag).set_once(record, actor=actor, reason=reason)
+
     def rollback(
         self, name: str, alias: str = "champion", *, actor: str, reason: str, kind: Kind = "bundle"
     ) -> AliasEntry:
@@ -253,7 +266,7 @@ class Registry:
         if published is not None:
             return published
         commit = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": schema_version(fields),
             "name": log.name,
             "content_sha256": content,
             "nonce": secrets.token_hex(16),

@@ -1,10 +1,17 @@
 """From published adapters to a bundle: the last step of a basis, and the promotion of what was evaluated."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from blend.finetune.config import TrainConfig
+from infra.evaluations import PromotionError, check_promotion, choose, evaluations_behind
+from infra.kl_budget import kl_difference
 from infra.manifests import AdapterRecord, BundleDefaults, BundleRecord, Metric
+from infra.recommending import lambda_range, weight_ranges
+from infra.registry import Registry
 from workers.publishing import open_registry
+
+log = logging.getLogger(__name__)
 
 
 def join_basis(
@@ -12,18 +19,55 @@ def join_basis(
 ) -> BundleRecord:
     """Publish adapters of one base, {basis name: record}, as bundle `name`; the same ones again are the same version.
 
-    Requests get the sampler that `run`, any of the runs, was scored with unless they say otherwise.
+    Requests get the sampler that `run`, any of the runs, was scored with unless they say otherwise. Adapters of
+    clearly different KL are flagged in the log, with the figures.
     """
+    if flag := kl_difference(adapters):
+        log.warning("bundle %s: %s", name, flag)
     base = next(iter(adapters.values())).base
     defaults = BundleDefaults(guidance_scale=run.eval_guidance_scale, num_inference_steps=run.num_inference_steps)
     return open_registry(store_url).publish_bundle(name, base, adapters, defaults=defaults)
 
 
-def promote(ref: str, reason: str, store_url: str | None = None, actor: str = "full-pipeline") -> None:
-    """Make `ref` (name@version) its name's champion; nothing changes when it is already."""
+def promote(ref: str, reason: str, store_url: str | None = None, actor: str = "full-pipeline") -> bool:
+    """Make `ref` (name@version) its name's champion if its evaluation allows; whether it is the champion now."""
     registry = open_registry(store_url)
     record = registry.get_bundle(ref)
-    registry.promote(record.name, record.version, actor=actor, reason=reason)
+    try:
+        found = check_promotion(registry, record, champion_of(registry, record.name))
+    except PromotionError as error:
+        log.warning("%s is not promoted: %s", ref, error)
+        return False
+    registry.promote(record.name, record.version, actor=actor, reason=f"{reason}; {found}")
+    return True
+
+
+def recommend(ref: str, evaluation: str | None = None, store_url: str | None = None) -> BundleRecord:
+    """The bundle with the ranges that an evaluation of it speaks for, as a version whose parent is `ref`.
+
+    `evaluation`: how its digest begins; the newest unless given. Ranges it has already are no new version. Raises
+    PromotionError without such an evaluation.
+    """
+    registry = open_registry(store_url)
+    bundle = registry.get_bundle(ref)
+    chosen = choose(evaluations_behind(registry, bundle), bundle, evaluation)
+    method = bundle.defaults.method
+    ranges = {
+        "weight_ranges": weight_ranges(chosen.summary, method),
+        "lambda_range": lambda_range(chosen.summary, method),
+    }
+    if all(getattr(bundle, field) == found for field, found in ranges.items()):
+        return bundle
+    facts = {"defaults": bundle.defaults, "licence": bundle.licence, "metrics": bundle.metrics}
+    run_ids = {**bundle.run_ids, "evaluation": chosen.digest}
+    return registry.publish_bundle(
+        bundle.name, bundle.base, registry.adapters_of(bundle), parent=bundle.ref, run_ids=run_ids, **facts, **ranges
+    )
+
+
+def champion_of(registry: Registry, name: str, alias: str = "champion") -> BundleRecord | None:
+    """What the alias points at; None when it was never set."""
+    return registry.get_bundle(f"{name}@{alias}") if alias in registry.alias_names(name) else None
 
 
 def gain_table(adapters: Sequence[AdapterRecord]) -> list[dict[str, float | str]]:

@@ -1,8 +1,16 @@
-"""One Prefect server for all flows that tests run in this process."""
+"""One Prefect server for all flows that tests run in this process, and a registry for the command line."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+from flows.cli import main
+from infra.registry import Registry
+from infra.storage import open_store
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +19,30 @@ def prefect() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=180):
         yield
+
+
+@pytest.fixture
+def store_url(tiny_store_url: str, tmp_path: Path) -> str:
+    """The tests' own copy of a registry with the bundle tiny, version 1, and a second version of it."""
+    shutil.copytree(tiny_store_url.removeprefix("file://"), tmp_path / "store")
+    url = f"file://{tmp_path / 'store'}"
+    registry = Registry(open_store(url))
+    first = registry.get("tiny@1")
+    name, adapter = next(iter(registry.adapters_of(first).items()))
+    registry.publish_bundle("tiny", first.base, {name: adapter})
+    return url
+
+
+@pytest.fixture
+def run(store_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Factory (words) -> exit code, output, errors."""
+    monkeypatch.setenv("DIFFUSION_BLEND_STORE_URL", store_url)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(["registry", *words])
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return call

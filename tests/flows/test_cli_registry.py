@@ -1,45 +1,16 @@
 """`diffusion-blend registry ...` as a user types it."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flows.cli import main
 from infra.manifests import WEIGHTS_FILE
 from infra.registry import Registry
 from infra.storage import open_store
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def store_url(tiny_store_url: str, tmp_path: Path) -> str:
-    """The tests' own copy of a registry with the bundle tiny, version 1, and a second version of it."""
-    shutil.copytree(tiny_store_url.removeprefix("file://"), tmp_path / "store")
-    url = f"file://{tmp_path / 'store'}"
-    registry = Registry(open_store(url))
-    first = registry.get("tiny@1")
-    name, adapter = next(iter(registry.adapters_of(first).items()))
-    registry.publish_bundle("tiny", first.base, {name: adapter})
-    return url
-
-
-@pytest.fixture
-def run(store_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Factory (words) -> exit code, output, errors."""
-    monkeypatch.setenv("DIFFUSION_BLEND_STORE_URL", store_url)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["registry", *words])
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return call
 
 
 def test_list_shows_names_versions_and_aliases(run: Run, tiny_adapters: dict[str, str]):
@@ -71,8 +42,8 @@ def test_show_prints_the_manifest_and_the_history(run: Run, store_url: str, tiny
 
 def test_promote_and_rollback_move_the_alias(run: Run, store_url: str):
     registry = Registry(open_store(store_url))
-    code, output, _ = run("promote", "tiny@2", "--reason", "looks better", "--actor", "me")
-    assert (code, output) == (0, "tiny@champion is version 2 (move 2 by me: looks better)\n")
+    code, output, _ = run("promote", "tiny@2", "--reason", "looks better", "--actor", "me", "--force")
+    assert (code, output) == (0, "tiny@champion is version 2 (move 2 by me: looks better; forced)\n")
     assert registry.get("tiny@champion").version == 2
     code, output, _ = run("rollback", "tiny", "--reason", "was not")
     assert code == 0
