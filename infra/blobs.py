@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,20 +18,26 @@ def blob_path(sha256: str) -> str:
     return f"blobs/sha256/{sha256}"
 
 
-def put_blob(store: Store, sha256: str, data: bytes) -> None:
-    """Store bytes under their hash; ones that are there already are read and hashed, never trusted.
+def put_blob(store: Store, sha256: str, source: bytes | Path) -> None:
+    """Store bytes or a file under their hash; what is there already is read and hashed, never trusted.
 
-    Raises IntegrityError when the store holds other bytes under this hash, or `data` is not what was hashed.
+    Raises IntegrityError when the store holds other bytes under this hash, or `source` is not what was hashed.
     """
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise IntegrityError(f"a file with hash {sha256[:12]} changed while it was being published: publish again")
     path = blob_path(sha256)
+    if isinstance(source, bytes) and hashlib.sha256(source).hexdigest() != sha256:
+        raise IntegrityError(f"bytes to be stored as {sha256[:12]} have another hash: publish again")
     with suppress(ObjectExistsError):
         if store.head(path) is None:
-            store.create(path, data)
+            if isinstance(source, Path):
+                store.upload(path, source, sha256=sha256)
+            else:
+                store.create(path, source)
             return
-    if store.read(path) != data:
-        raise IntegrityError(f"{store.url}/{path} is damaged: delete it and publish again")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "blob"
+        store.download(path, copy)
+        if sha256_of(copy) != sha256:
+            raise IntegrityError(f"{store.url}/{path} is damaged: delete it and publish again")
 
 
 def fetch_blob(store: Store, file: FileEntry, target: Path, owner: str) -> None:

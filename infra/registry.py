@@ -75,7 +75,7 @@ class Registry:
         def upload() -> None:
             for file in files:
                 path = directory / file.path
-                put_blob(self.store, file.sha256, path.read_bytes() if path.exists() else card)
+                put_blob(self.store, file.sha256, path if path.exists() else card)
 
         return self._commit(self._log("adapter", name), fields, upload)
 

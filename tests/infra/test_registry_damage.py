@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from infra.manifests import (
     seal,
 )
 from infra.registry import Registry
-from infra.storage import Store
+from infra.storage import Listed, Store
 
 AdapterDir = Callable[..., Path]
 Publish = Callable[..., AdapterRecord]
@@ -38,11 +39,11 @@ class Breaking(Store):
     def __init__(self, store: Store, breaks_at: int, *, after: bool) -> None:
         self.inner, self.url, self.left, self.after = store, store.url, breaks_at, after
 
-    def _write(self, method: str, *arguments) -> None:
+    def _write(self, method: str, *arguments, **options) -> None:
         self.left -= 1
         if self.left == 0 and not self.after:
             raise StoreUnreachableError("cut")
-        getattr(self.inner, method)(*arguments)
+        getattr(self.inner, method)(*arguments, **options)
         if self.left == 0:
             raise StoreUnreachableError("reply lost")
 
@@ -52,8 +53,8 @@ class Breaking(Store):
     def replace(self, path: str, data: bytes, etag: str) -> None:
         self._write("replace", path, data, etag)
 
-    def upload(self, path: str, source: Path) -> None:
-        self._write("upload", path, source)
+    def upload(self, path: str, source: Path, **options) -> None:
+        self._write("upload", path, source, **options)
 
     def delete(self, path: str) -> None:
         self._write("delete", path)
@@ -70,8 +71,14 @@ class Breaking(Store):
     def folders(self, prefix: str) -> list[str]:
         return self.inner.folders(prefix)
 
+    def listing(self, prefix: str) -> list[Listed]:
+        return self.inner.listing(prefix)
+
     def list(self, prefix: str) -> list[str]:
         return self.inner.list(prefix)
+
+    def abort_uploads(self, before: datetime) -> int:
+        return self.inner.abort_uploads(before)
 
     def download(self, path: str, target: Path) -> None:
         self.inner.download(path, target)
