@@ -83,32 +83,3 @@ def fetch_adapter(store: Store, record: AdapterRecord, directory: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
-
-
-def cached_adapter(store: Store, record: AdapterRecord, cache_dir: Path) -> Path:
-    """Directory with an adapter's files in the local cache, hashed again; downloaded when absent or damaged.
-
-    Entries are named by digest and put in place by one rename: processes may share the cache.
-    """
-    directory = cache_dir / "adapters" / record.digest
-    if _is_whole(directory, record):
-        return directory
-    fetched = directory.with_name(f".{record.digest}-{secrets.token_hex(8)}-new")
-    fetch_adapter(store, record, fetched)
-    damaged = fetched.with_suffix(".damaged")
-    try:
-        with suppress(FileNotFoundError):
-            os.rename(directory, damaged)
-        # Another process may have been quicker: what it put there serves as well.
-        with suppress(OSError):
-            os.rename(fetched, directory)
-    finally:
-        shutil.rmtree(damaged, ignore_errors=True)
-        shutil.rmtree(fetched, ignore_errors=True)
-    if not _is_whole(directory, record):
-        raise RegistryError(f"cache {cache_dir} does not keep what is written to it: delete it or check the disk")
-    return directory
-
-
-def _is_whole(directory: Path, record: AdapterRecord) -> bool:
-    return all(matches(directory / file.path, file) for file in record.files)
