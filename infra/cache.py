@@ -1,6 +1,6 @@
 """A local cache of what was downloaded, shared by all processes of this machine.
 
-    blobs/HEX               bytes, named by their hash
+    blobs/HEX               bytes, named by their hash; .HEX while they come
     adapters/DIGEST/        an adapter's files: hard links to blobs, in a directory that loaders take
     manifests/DIGEST.json   manifests as they were read
     known/HEX               the digest that a reference had when its store was last asked
@@ -11,7 +11,6 @@ that instead of fetching it too. Whoever uses an adapter holds a shared lock on 
 of the rest, the least recently used goes when there is more than `max_bytes`.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,17 +18,17 @@ import os
 import secrets
 import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from infra.artifact_files import check_content, matches
 from infra.blobs import fetch_blob
 from infra.errors import RegistryError, StoreUnreachableError
+from infra.locks import lease, locked
 from infra.manifests import AdapterRecord, Commit, FileEntry, seal, unseal
 from infra.storage import Store
 
@@ -41,10 +40,6 @@ FRESH_S = 600.0
 
 R = TypeVar("R", bound=Commit)
 log = logging.getLogger(__name__)
-
-# Directories in use by this process, with the descriptor that holds each lock.
-_leases: dict[Path, int] = {}
-_leasing = threading.Lock()
 
 
 class Cache:
@@ -108,7 +103,7 @@ class Cache:
     def trim(self) -> None:
         """Remove the least recently used adapters until no more than `max_bytes` are left; those in use stay."""
         (self.directory / "adapters").mkdir(parents=True, exist_ok=True)
-        with _locked(self.directory / ".trim", os.O_RDWR | os.O_CREAT) as mine:
+        with locked(self.directory / ".trim", os.O_RDWR | os.O_CREAT) as mine:
             if not mine:  # another process is at it
                 return
             self._remove_leftovers()
@@ -131,9 +126,9 @@ class Cache:
     def _here(self, record: AdapterRecord) -> Path | None:
         """The adapter's directory if it is whole, from now on in use."""
         directory = self.directory / "adapters" / record.digest
-        if not directory.is_dir() or not _lease(directory):
+        if not directory.is_dir() or not lease(directory):
             return None
-        if not all(matches(directory / file.path, file) for file in record.files):
+        if not all(_matches(directory / file.path, file) for file in record.files):
             return None
         with suppress(PermissionError):
             os.utime(directory)
@@ -149,35 +144,43 @@ class Cache:
     def _fetch_blob(self, store: Store, file: FileEntry, owner: str) -> None:
         target = self.directory / "blobs" / file.sha256
         partial = target.with_name(f".{file.sha256}")
-        while not matches(target, file):
-            with _locked(partial, os.O_RDWR | os.O_CREAT, wait=True) as mine:
-                # Otherwise it was finished, or given up, by whom we waited for.
-                if mine and not matches(target, file):
+        while not _matches(target, file):
+            with locked(partial, os.O_RDWR | os.O_CREAT, wait=True) as mine:
+                if not mine:  # it was finished, or given up, by whom we waited for
+                    continue
+                if _matches(target, file):
+                    partial.unlink()
+                else:
                     fetch_blob(store, file, partial, owner)
                     os.replace(partial, target)
-        check_content(target, file.path)
 
     def _assemble(self, record: AdapterRecord) -> None:
         """Link the blobs into the adapter's directory, in place of damaged files if there are any."""
         directory = self.directory / "adapters" / record.digest
         directory.mkdir(parents=True, exist_ok=True)
-        _lease(directory)
+        lease(directory)
         for file in record.files:
             path = directory / file.path
-            if matches(path, file):
+            if _matches(path, file):
                 continue
             new = directory / f".{secrets.token_hex(8)}"
             # The blob may be gone, or the directory, trimmed away before they were in use: there is another round.
-            with suppress(FileNotFoundError):
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _link(self.directory / "blobs" / file.sha256, new)
+                # It may have come under another name, of another type.
+                check_content(new, file.path)
                 os.replace(new, path)
+            except FileNotFoundError:
+                continue
+            finally:
+                new.unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
         """Blobs of no adapter, and downloads that were cut short; not those that somebody is about to use."""
         for path, facts in _files(self.directory / "blobs"):
             if facts.st_nlink == 1 and facts.st_mtime < time.time() - FRESH_S:
-                with suppress(FileNotFoundError), _locked(path, os.O_RDWR) as mine:
+                with suppress(FileNotFoundError), locked(path, os.O_RDWR) as mine:
                     if mine:
                         path.unlink(missing_ok=True)
 
@@ -191,45 +194,9 @@ class Cache:
         )
 
 
-@contextmanager
-def _locked(path: Path, flags: int, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the kernel's lock on a file or directory; False when another holds it, or the path is a new one by then."""
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            mine = False
-        else:
-            mine = _is(path, descriptor)
-        yield mine
-    finally:
-        os.close(descriptor)
-
-
-def _lease(directory: Path) -> bool:
-    """Keep a directory from being trimmed away while this process lives; False when it has just been."""
-    with _leasing:
-        held = _leases.get(directory)
-        if held is not None:
-            if _is(directory, held):
-                return True
-            os.close(_leases.pop(directory))
-        try:
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            return False
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if not _is(directory, descriptor):
-            os.close(descriptor)
-            return False
-        _leases[directory] = descriptor
-        return True
-
-
 def _remove(directory: Path) -> bool:
     """Delete a directory unless somebody uses it."""
-    with suppress(FileNotFoundError), _locked(directory, os.O_RDONLY | os.O_DIRECTORY) as mine:
+    with suppress(FileNotFoundError), locked(directory, os.O_RDONLY | os.O_DIRECTORY) as mine:
         if mine:
             gone = directory.with_name(f".{secrets.token_hex(8)}")
             os.rename(directory, gone)
@@ -249,10 +216,10 @@ def _unlink_last(blob: Path) -> bool:
     return True
 
 
-def _is(path: Path, descriptor: int) -> bool:
+def _matches(path: Path, file: FileEntry) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
+        return matches(path, file)
+    except FileNotFoundError:  # trimmed away while it was looked at
         return False
 
 

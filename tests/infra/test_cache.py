@@ -17,6 +17,7 @@ from infra.blobs import blob_path
 from infra.cache import Cache
 from infra.errors import IntegrityError, RegistryError, StoreUnreachableError
 from infra.local_store import LocalStore
+from infra.locks import leases, locked
 from infra.manifests import WEIGHTS_FILE, AdapterRecord, BundleRecord
 from infra.registry import Registry
 from infra.storage import open_store
@@ -66,8 +67,8 @@ def no_leases() -> Iterator[None]:
 
 
 def release_all() -> None:
-    while infra.cache._leases:
-        os.close(infra.cache._leases.popitem()[1])
+    while leases:
+        os.close(leases.popitem()[1])
 
 
 def size_of(directory: Path) -> int:
@@ -118,8 +119,8 @@ def test_the_least_recently_used_go_and_those_in_use_stay(counting: Counting, ca
     release_all()
     # another process uses the oldest
     script = (
-        "import sys, pathlib, infra.cache as c\n"
-        "c._lease(pathlib.Path(sys.argv[1]))\n"
+        "import sys, pathlib, infra.locks as c\n"
+        "c.lease(pathlib.Path(sys.argv[1]))\n"
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -151,7 +152,7 @@ def test_leftovers_of_killed_downloads_go(cache: Cache, monkeypatch: pytest.Monk
     cache.trim()
     assert cut.exists()
     monkeypatch.setattr(infra.cache, "FRESH_S", -1.0)
-    with infra.cache._locked(cut, os.O_RDWR):
+    with locked(cut, os.O_RDWR):
         cache.trim()
         assert cut.exists()
     cache.trim()
