@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,20 +18,26 @@ def blob_path(sha256: str) -> str:
     return f"blobs/sha256/{sha256}"
 
 
-def put_blob(store: Store, sha256: str, data: bytes) -> None:
-    """Store bytes under their hash; ones that are there already are read and hashed, never trusted.
+def put_blob(store: Store, sha256: str, source: bytes | Path) -> None:
+    """Store bytes or a file under their hash; what is there already is read and hashed, never trusted.
 
-    Raises IntegrityError when the store holds other bytes under this hash, or `data` is not what was hashed.
+    Raises IntegrityError when the store holds other bytes under this hash, or `source` is not what was hashed.
     """
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise IntegrityError(f"a file with hash {sha256[:12]} changed while it was being published: publish again")
     path = blob_path(sha256)
+    if isinstance(source, bytes) and hashlib.sha256(source).hexdigest() != sha256:
+        raise IntegrityError(f"bytes to be stored as {sha256[:12]} have another hash: publish again")
     with suppress(ObjectExistsError):
         if store.head(path) is None:
-            store.create(path, data)
+            if isinstance(source, Path):
+                store.upload(path, source, sha256=sha256)
+            else:
+                store.create(path, source)
             return
-    if store.read(path) != data:
-        raise IntegrityError(f"{store.url}/{path} is damaged: delete it and publish again")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "blob"
+        store.download(path, copy)
+        if sha256_of(copy) != sha256:
+            raise IntegrityError(f"{store.url}/{path} is damaged: delete it and publish again")
 
 
 def fetch_blob(store: Store, file: FileEntry, target: Path, owner: str) -> None:
@@ -76,32 +83,3 @@ def fetch_adapter(store: Store, record: AdapterRecord, directory: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
-
-
-def cached_adapter(store: Store, record: AdapterRecord, cache_dir: Path) -> Path:
-    """Directory with an adapter's files in the local cache, hashed again; downloaded when absent or damaged.
-
-    Entries are named by digest and put in place by one rename: processes may share the cache.
-    """
-    directory = cache_dir / "adapters" / record.digest
-    if _is_whole(directory, record):
-        return directory
-    fetched = directory.with_name(f".{record.digest}-{secrets.token_hex(8)}-new")
-    fetch_adapter(store, record, fetched)
-    damaged = fetched.with_suffix(".damaged")
-    try:
-        with suppress(FileNotFoundError):
-            os.rename(directory, damaged)
-        # Another process may have been quicker: what it put there serves as well.
-        with suppress(OSError):
-            os.rename(fetched, directory)
-    finally:
-        shutil.rmtree(damaged, ignore_errors=True)
-        shutil.rmtree(fetched, ignore_errors=True)
-    if not _is_whole(directory, record):
-        raise RegistryError(f"cache {cache_dir} does not keep what is written to it: delete it or check the disk")
-    return directory
-
-
-def _is_whole(directory: Path, record: AdapterRecord) -> bool:
-    return all(matches(directory / file.path, file) for file in record.files)

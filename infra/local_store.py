@@ -5,21 +5,26 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from infra.errors import ConflictError, ObjectExistsError, ObjectMissingError, StoreAccessError, StoreError
+from infra.errors import (
+    ConflictError,
+    IntegrityError,
+    ObjectExistsError,
+    ObjectMissingError,
+    StoreAccessError,
+    StoreError,
+)
 from infra.storage import Listed, Store, check_object_path
 
 # Of a file system without hard links (FAT, some network mounts).
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-
-
 _UNFINISHED = ".unfinished-"
+CHUNK_BYTES = 1 << 20
 
 
 class LocalStore(Store):
@@ -42,10 +47,10 @@ class LocalStore(Store):
             if not self._place(written, self._at(path)) and self._at(path).read_bytes() != data:
                 raise ObjectExistsError(f"{self.url}/{path} exists already, with other content")
 
-    def upload(self, path: str, source: Path) -> None:
+    def upload(self, path: str, source: Path, *, sha256: str | None = None) -> None:
         def copy(file: BinaryIO) -> None:
-            with source.open("rb") as original:
-                shutil.copyfileobj(original, file)
+            if sha256 not in (None, self._copy(source, file)):
+                raise IntegrityError(f"{source} has changed since it was hashed: start over")
 
         with self._errors(path), self._written(path, copy) as written:
             if not self._place(written, self._at(path)) and not _same(written, self._at(path)):
@@ -80,22 +85,27 @@ class LocalStore(Store):
 
     def listing(self, prefix: str) -> list[Listed]:
         found = []
-        for path in self.list(prefix):
+        for path, entry in self._walk(prefix):
             # Deleted since it was listed.
             with suppress(ObjectMissingError), self._errors(path):
-                facts = self._at(path).stat()
+                facts = entry.stat()
                 found.append(Listed(path, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)))
-        return found
+        return sorted(found, key=lambda listed: listed.path)
 
     def list(self, prefix: str) -> list[str]:
-        top = self._at(prefix) if prefix else self.root
-        found: list[str] = []
-        with self._errors(prefix):
-            for folder, folders, files in os.walk(top, onerror=_unless_missing):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                here = Path(folder).relative_to(self.root)
-                found += [(here / name).as_posix() for name in files if not name.startswith(".")]
-        return sorted(found)
+        return sorted(path for path, _ in self._walk(prefix))
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Every object below a folder, in no order; what cannot be looked at is an error, what was deleted is not."""
+        with suppress(ObjectMissingError), self._errors(prefix):
+            with os.scandir(self._at(prefix) if prefix else self.root) as entries:
+                below = [entry for entry in entries if not entry.name.startswith(".")]
+            for entry in below:
+                path = f"{prefix.rstrip('/')}/{entry.name}" if prefix else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self._walk(path)
+                else:
+                    yield path, entry
 
     def delete(self, path: str) -> None:
         with self._errors(path):
@@ -103,8 +113,8 @@ class LocalStore(Store):
 
     def download(self, path: str, target: Path) -> None:
         try:
-            with self._errors(path):
-                shutil.copyfile(self._at(path), target)
+            with self._errors(path), target.open("wb") as file:
+                self._copy(self._at(path), file)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
@@ -118,6 +128,16 @@ class LocalStore(Store):
                         unfinished.unlink()
                         aborted += 1
         return aborted
+
+    def _copy(self, source: Path, target: BinaryIO) -> str:
+        """The SHA-256 of what was copied."""
+        digest = hashlib.sha256()
+        with source.open("rb") as original:
+            while chunk := original.read(CHUNK_BYTES):
+                digest.update(chunk)
+                target.write(chunk)
+                self.on_bytes(len(chunk))
+        return digest.hexdigest()
 
     def _at(self, path: str) -> Path:
         return self.root / check_object_path(path)
@@ -182,12 +202,6 @@ class LocalStore(Store):
                 f"{where}: {error.strerror}. Nothing was committed; free the cause (disk space, quota, disk "
                 "errors) and repeat"
             ) from error
-
-
-def _unless_missing(error: OSError) -> None:
-    """What cannot be looked at must not look empty; what was deleted meanwhile is."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
 
 
 def _same(one: Path, other: Path) -> bool:

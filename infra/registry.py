@@ -16,21 +16,16 @@ import secrets
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 from pydantic import ValidationError
 
 from infra.aliases import Alias
 from infra.artifact_files import adapter_files
-from infra.blobs import blob_path, cached_adapter, fetch_adapter, put_blob
+from infra.blobs import blob_path, fetch_adapter, put_blob
+from infra.cache import Cache
 from infra.cards import adapter_card
-from infra.errors import (
-    IntegrityError,
-    ObjectMissingError,
-    ReadOnlyError,
-    RegistryError,
-    UnknownRecordError,
-)
+from infra.errors import IntegrityError, ObjectMissingError, ReadOnlyError, RegistryError, UnknownRecordError
 from infra.intents import StillHeld, held
 from infra.manifests import (
     CARD_FILE,
@@ -58,11 +53,12 @@ R = TypeVar("R", AdapterRecord, BundleRecord)
 
 
 class Registry:
-    """The face of one store. Every method may also raise the StoreErrors of infra.errors."""
+    """The face of one store; records are looked for in `cache` first. Every method may also raise StoreErrors."""
 
-    def __init__(self, store: Store, *, read_only: bool = False) -> None:
+    def __init__(self, store: Store, *, read_only: bool = False, cache: Cache | None = None) -> None:
         self.store = store
         self.read_only = read_only
+        self.cache = cache
 
     def publish_adapter(self, name: str, directory: str | Path, facts: AdapterFacts) -> AdapterRecord:
         """Commit a directory of LoRA weights and the files beside them as the next version of `name`.
@@ -85,7 +81,7 @@ class Registry:
                 for file in files:
                     path = directory / file.path
                     if not again or self.store.head(blob_path(file.sha256)) is None:
-                        put_blob(self.store, file.sha256, path.read_bytes() if path.exists() else card)
+                        put_blob(self.store, file.sha256, path if path.exists() else card)
                 still_held()
 
             return self._commit(self._log("adapter", name), fields, upload)
@@ -93,11 +89,7 @@ class Registry:
         return held(self.store, (file.sha256 for file in files), work)
 
     def publish_bundle(
-        self,
-        name: str,
-        base: BaseIdentity,
-        adapters: Mapping[str, AdapterRecord],
-        **facts: Any,
+        self, name: str, base: BaseIdentity, adapters: Mapping[str, AdapterRecord], **facts: Any
     ) -> BundleRecord:
         """Commit a bundle: basis name -> published adapter, over one base. `facts`: other fields of BundleFacts.
 
@@ -161,7 +153,7 @@ class Registry:
                 f"{kind} {name!r} has no alias {selector!r} in {self.store.url}; it has: {known}. Promote a version "
                 "to it, or name a version as in name@7"
             )
-        record = self._version(kind, name, entry.version)
+        record = self._version(kind, name, entry.version, entry.digest)
         if record.digest != entry.digest:
             raise IntegrityError(
                 f"{kind} {record.ref} is not the one that alias {selector!r} was moved to: restore "
@@ -173,7 +165,7 @@ class Registry:
         """The bundle's adapters by basis name. Raises IntegrityError for one that is not the one it names."""
         records = {}
         for basis, link in bundle.adapters.items():
-            record = self.get_adapter(link.ref)
+            record = cast(AdapterRecord, self._version("adapter", link.name, link.version, link.digest))
             if record.digest != link.digest:
                 raise IntegrityError(f"adapter {link.ref} is not the one that bundle {bundle.ref} names: restore it")
             records[basis] = record
@@ -186,7 +178,7 @@ class Registry:
     def versions(self, name: str, kind: Kind = "bundle") -> list[Record]:
         """All versions of a name, oldest first."""
         log = self._log(kind, check_name(name, f"{kind} name"))
-        return [log.read(version) for version in range(1, log.latest() + 1)] or [self._version(kind, name, 0)]
+        return [*log.read_all()] or [self._version(kind, name, 0)]
 
     def alias_names(self, name: str, kind: Kind = "bundle") -> list[str]:
         """Aliases of a name, sorted."""
@@ -208,7 +200,7 @@ class Registry:
 
     def cached(self, record: AdapterRecord, cache_dir: Path) -> Path:
         """Directory with the adapter's files in a local cache, hashed again; downloaded when not there."""
-        return cached_adapter(self.store, record, cache_dir)
+        return Cache(cache_dir).adapters(self.store, [record])[0]
 
     def promote(
         self,
@@ -282,14 +274,14 @@ class Registry:
     def _log(self, kind: Kind, name: str) -> VersionLog[AdapterRecord] | VersionLog[BundleRecord]: ...
     def _log(self, kind: Kind, name: str) -> VersionLog[AdapterRecord] | VersionLog[BundleRecord]:
         if kind == "adapter":
-            return VersionLog(self.store, AdapterRecord, f"adapters/{name}")
-        return VersionLog(self.store, BundleRecord, f"bundles/{name}")
+            return VersionLog(self.store, AdapterRecord, f"adapters/{name}", self.cache)
+        return VersionLog(self.store, BundleRecord, f"bundles/{name}", self.cache)
 
-    def _version(self, kind: Kind, name: str, version: int) -> Record:
+    def _version(self, kind: Kind, name: str, version: int, digest: str = "") -> Record:
         """A version that must exist. Version 0, that of an empty log, never does."""
         log = self._log(kind, name)
         try:
-            return log.read(version)
+            return log.read(version, digest)
         except ObjectMissingError:
             latest = log.latest()
         if latest:

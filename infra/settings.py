@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     s3_secret: SecretStr | None = None
     # Downloaded adapters, content-addressed; safe to delete at any time.
     cache_dir: Path = Field(default_factory=lambda: _user_dir("XDG_CACHE_HOME", ".cache"))
+    # What of them is used least recently goes when there is more; those in use stay.
+    cache_gb: float = Field(default=20.0, gt=0)
     # Where `serve` listens.
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)

@@ -33,6 +33,8 @@ class Store(ABC):
     """What the registry asks of a store. Every method may raise StoreUnreachableError or StoreAccessError."""
 
     url: str
+    # Told how many more bytes of a file went up or down; called from any thread, so it must be quick and not fail.
+    on_bytes: Callable[[int], None] = staticmethod(lambda count: None)
 
     @abstractmethod
     def read(self, path: str) -> bytes:
@@ -71,12 +73,16 @@ class Store(ABC):
         """Remove an object; one that is not there is no error."""
 
     @abstractmethod
-    def upload(self, path: str, source: Path) -> None:
-        """`create` from a local file."""
+    def upload(self, path: str, source: Path, *, sha256: str | None = None) -> None:
+        """`create` from a local file, never whole in memory; what an upload that was cut short has sent may be used.
+
+        Raises IntegrityError when the file has not the hash that is given. In S3, a large file that others write with
+        other content in the same instant may replace theirs: see infra.s3_transfers.
+        """
 
     @abstractmethod
     def download(self, path: str, target: Path) -> None:
-        """Write the object to a new local file. Raises ObjectMissingError; leaves nothing on failure."""
+        """Write the object to a local file, never whole in memory. Raises ObjectMissingError; leaves nothing then."""
 
     @abstractmethod
     def abort_uploads(self, before: datetime) -> int:

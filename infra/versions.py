@@ -8,22 +8,26 @@ race and whenever they die, and asking whether a content is published takes two 
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Generic, TypeVar
 
+from infra.cache import Cache
 from infra.errors import ConflictError, IntegrityError, ObjectExistsError, ObjectMissingError, StoreError
 from infra.manifests import Commit, unseal
-from infra.storage import Store
+from infra.storage import Listed, Store
 
 R = TypeVar("R", bound=Commit)
 MAX_RACES = 1_000
+PARALLEL = 16
 
 
 class VersionLog(Generic[R]):
     """Versions of one adapter or bundle: `folder` is "adapters/NAME" or "bundles/NAME", NAME validated."""
 
-    def __init__(self, store: Store, model: type[R], folder: str) -> None:
+    def __init__(self, store: Store, model: type[R], folder: str, cache: Cache | None = None) -> None:
         self.store = store
+        self.cache = cache
         self.model = model
         self.folder = folder
         self.name = folder.split("/")[-1]
@@ -31,16 +35,37 @@ class VersionLog(Generic[R]):
     def path(self, version: int) -> str:
         return f"{self.folder}/versions/{version:06d}.json"
 
-    def read(self, version: int) -> R:
-        """A committed version. Raises ObjectMissingError; IntegrityError or SchemaError as `unseal` does."""
+    def read(self, version: int, digest: str = "") -> R:
+        """A committed version; the store is not asked for the one with this digest where a cache has it.
+
+        Raises ObjectMissingError; IntegrityError or SchemaError as `unseal` does.
+        """
         where = self.path(version)
-        record = unseal(self.model, self.store.read(where), f"{self.store.url}/{where}")
+        cached = self.cache.read_manifest(digest) if self.cache and digest else None
+        raw = self.store.read(where) if cached is None else cached
+        record = unseal(self.model, raw, f"{self.store.url}/{where}")
+        if self.cache and cached is None:
+            self.cache.keep_manifest(record.digest, raw)
         if (record.name, record.version) != (self.name, version):
             raise IntegrityError(f"{self.store.url}/{where} holds the manifest of {record.ref}: restore it from a copy")
         return record
 
     def exists(self, version: int) -> bool:
         return self.store.head(self.path(version)) is not None
+
+    def listed(self) -> dict[int, Listed]:
+        """Every version there is with its size and age, from one listing and without reading any."""
+        found = {}
+        for entry in self.store.listing(f"{self.folder}/versions"):
+            number = entry.path.rpartition("/")[2].removesuffix(".json")
+            if number.isascii() and number.isdigit() and entry.path == self.path(int(number)):
+                found[int(number)] = entry
+        return found
+
+    def read_all(self) -> list[R]:
+        """Every version, oldest first, several at a time."""
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            return list(pool.map(self.read, range(1, self.latest() + 1)))
 
     def latest(self) -> int:
         """Highest version, 0 for none: found by bisection, as there are no gaps. Needs no listing."""

@@ -1,12 +1,15 @@
 """From a reference such as `sprites@champion` to files on this machine, and from those to a blend engine."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from infra.cache import Cache
 from infra.errors import InfraError, UnknownRecordError
-from infra.manifests import BundleDefaults, BundleRecord, Kind, Record
+from infra.local_store import LocalStore
+from infra.manifests import AdapterRecord, BundleDefaults, BundleRecord, Kind, Record
 from infra.registry import Registry
 from infra.settings import Settings, read_settings
 from infra.storage import open_store
@@ -28,6 +31,7 @@ class LoadedBundle:
     record: BundleRecord
     base_path: Path
     adapters: dict[str, Path]  # basis name -> directory with pytorch_lora_weights.safetensors
+    adapter_records: dict[str, AdapterRecord] = field(default_factory=dict)
 
     @property
     def ref(self) -> str:
@@ -39,21 +43,32 @@ class LoadedBundle:
 
 
 def open_bundle(
-    ref: str = DEFAULT_BUNDLE, settings: Settings | None = None, *, base: str | None = None
+    ref: str = DEFAULT_BUNDLE,
+    settings: Settings | None = None,
+    *,
+    base: str | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> LoadedBundle:
     """Find a bundle, fetch its adapters into the cache and check its base model.
 
     A name is looked up in the user's store, and only if it does not exist there, among the bundles that come with
     the package. `base`: where the base model lies on this machine, when not where it lay for the publisher.
+    A store that cannot be reached is done without where the cache has all that is needed.
+    `on_bytes` is told how many more bytes have come, from any thread.
     Raises BundleError, RegistryError, StoreError.
     """
     settings = settings or read_settings()
     registry, record = find_record(ref, settings)
     base_path = verify_base(record, base)
-    adapters = {
-        basis: registry.cached(adapter, settings.cache_dir) for basis, adapter in registry.adapters_of(record).items()
-    }
-    return LoadedBundle(record, base_path, adapters)
+    records = registry.adapters_of(record)
+    if on_bytes is not None:
+        registry.store.on_bytes = on_bytes
+    paths = local_cache(settings).adapters(registry.store, list(records.values()))
+    return LoadedBundle(record, base_path, dict(zip(records, paths, strict=True)), records)
+
+
+def local_cache(settings: Settings) -> Cache:
+    return Cache(settings.cache_dir, int(settings.cache_gb * 1e9))
 
 
 @overload
@@ -62,9 +77,15 @@ def find_record(ref: str, settings: Settings, kind: Literal["bundle"] = "bundle"
 def find_record(ref: str, settings: Settings, kind: Kind) -> tuple[Registry, Record]: ...
 def find_record(ref: str, settings: Settings, kind: Kind = "bundle") -> tuple[Registry, Record]:
     """A record and the registry that holds it. Raises UnknownRecordError naming both places it was sought in."""
-    own = Registry(open_store(settings.store_url, settings))
+    store = open_store(settings.store_url, settings)
+    # A directory is as near as the cache is.
+    cache = None if isinstance(store, LocalStore) else local_cache(settings)
+    own = Registry(store, cache=cache)
     try:
-        return own, own.get(ref, kind)
+        if cache is None:
+            return own, own.get(ref, kind)
+        model: type[Record] = AdapterRecord if kind == "adapter" else BundleRecord
+        return own, cache.last_known(f"{kind} {ref} of {store.url}", model, lambda: own.get(ref, kind))
     except UnknownRecordError as error:
         missing = error
     shipped = shipped_registry()

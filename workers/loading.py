@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.settings import Settings, read_settings
-from workers.bundles import LoadedBundle, find_record, load_engine, open_bundle, resolve_base
+from workers.bundles import LoadedBundle, load_engine, open_bundle, resolve_base
 from workers.engine_args import EngineArgs
 from workers.model_card import BasisCard, BundleName, Defaults, Limits, ModelCard
 
@@ -106,7 +106,6 @@ def _open_paths(args: EngineArgs, device: str) -> "tuple[BlendEngine, ModelCard]
 def _card_of_bundle(args: EngineArgs, bundle: LoadedBundle, model: "DiffusionModel") -> ModelCard:
     record = bundle.record
     chosen = record.defaults
-    registry, _ = find_record(record.ref, settings_of(args))
     basis = [
         BasisCard(
             name=name,
@@ -114,7 +113,7 @@ def _card_of_bundle(args: EngineArgs, bundle: LoadedBundle, model: "DiffusionMod
             reward=adapter.reward,
             weight_range=(span.low, span.high) if (span := record.weight_ranges.get(name)) else None,
         )
-        for name, adapter in registry.adapters_of(record).items()
+        for name, adapter in bundle.adapter_records.items()
     ]
     settings = {
         "num_inference_steps": chosen.num_inference_steps,

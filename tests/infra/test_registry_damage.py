@@ -39,11 +39,11 @@ class Breaking(Store):
     def __init__(self, store: Store, breaks_at: int, *, after: bool) -> None:
         self.inner, self.url, self.left, self.after = store, store.url, breaks_at, after
 
-    def _write(self, method: str, *arguments) -> None:
+    def _write(self, method: str, *arguments, **options) -> None:
         self.left -= 1
         if self.left == 0 and not self.after:
             raise StoreUnreachableError("cut")
-        getattr(self.inner, method)(*arguments)
+        getattr(self.inner, method)(*arguments, **options)
         if self.left == 0:
             raise StoreUnreachableError("reply lost")
 
@@ -53,8 +53,8 @@ class Breaking(Store):
     def replace(self, path: str, data: bytes, etag: str) -> None:
         self._write("replace", path, data, etag)
 
-    def upload(self, path: str, source: Path) -> None:
-        self._write("upload", path, source)
+    def upload(self, path: str, source: Path, **options) -> None:
+        self._write("upload", path, source, **options)
 
     def delete(self, path: str) -> None:
         self._write("delete", path)

@@ -27,7 +27,7 @@ def test_defaults_lie_in_the_users_directories(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_number_of_settings_stays_small():
-    assert len(Settings.model_fields) <= 8
+    assert len(Settings.model_fields) <= 9
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_the_number_of_settings_stays_small():
         ("s3_endpoint_url", "http://127.0.0.1:1", "http://127.0.0.1:1"),
         ("s3_key", "me", "me"),
         ("cache_dir", "/somewhere", Path("/somewhere")),
+        ("cache_gb", "0.5", 0.5),
         ("host", "0.0.0.0", "0.0.0.0"),
         ("port", "9000", 9000),
         ("num_threads", "4", 4),
@@ -55,7 +56,9 @@ def test_the_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch):
     assert "do-not-show" not in f"{settings!r} {settings} {settings.model_dump_json()}"
 
 
-@pytest.mark.parametrize(("field", "text"), [("port", "99999"), ("port", "http"), ("num_threads", "0")])
+@pytest.mark.parametrize(
+    ("field", "text"), [("port", "99999"), ("port", "http"), ("num_threads", "0"), ("cache_gb", "0")]
+)
 def test_a_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, field: str, text: str):
     monkeypatch.setenv(f"{ENV_PREFIX}{field.upper()}", text)
     with pytest.raises(SettingsError, match=f"DIFFUSION_BLEND_{field.upper()}='{text}'.*Correct or unset"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import infra.s3_store
+import infra.s3_client
 from infra.errors import (
     BucketMissingError,
     ConflictError,
@@ -225,7 +225,7 @@ def test_an_address_where_nothing_listens_fails_soon_and_clearly():
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_server_that_never_answers_fails_too(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(infra.s3_store, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(infra.s3_client, "READ_TIMEOUT_S", 1)
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen(64)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from infra.errors import ObjectExistsError
 from infra.settings import Settings, read_settings
 from infra.storage import Store, open_store
-from workers.bundles import find_record, open_bundle
+from workers.bundles import open_bundle
 from workers.evaluation.config import EvaluateConfig
 from workers.evaluation.evaluate import Plan, plan
 from workers.evaluation.files import COMMIT
@@ -29,8 +29,7 @@ def prepare(config: EvaluateConfig, store_url: str | None = None) -> Plan:
     """Open the run's bundle and check the run against it. Raises EvaluationError or an InfraError."""
     settings = settings_for(store_url)
     bundle = open_bundle(config.bundle, settings)
-    registry, record = find_record(bundle.ref, settings)
-    tuned_for = {name: adapter.reward for name, adapter in registry.adapters_of(record).items()}
+    tuned_for = {name: adapter.reward for name, adapter in bundle.adapter_records.items()}
     return plan(config, bundle, tuned_for)
 
 
