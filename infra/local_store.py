@@ -7,15 +7,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from infra.errors import ConflictError, ObjectExistsError, ObjectMissingError, StoreAccessError, StoreError
-from infra.storage import Store, check_object_path
+from infra.storage import Listed, Store, check_object_path
 
 # Of a file system without hard links (FAT, some network mounts).
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+_UNFINISHED = ".unfinished-"
 
 
 class LocalStore(Store):
@@ -74,6 +78,15 @@ class LocalStore(Store):
         with self._errors(prefix), os.scandir(top) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
+    def listing(self, prefix: str) -> list[Listed]:
+        found = []
+        for path in self.list(prefix):
+            # Deleted since it was listed.
+            with suppress(ObjectMissingError), self._errors(path):
+                facts = self._at(path).stat()
+                found.append(Listed(path, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)))
+        return found
+
     def list(self, prefix: str) -> list[str]:
         top = self._at(prefix) if prefix else self.root
         found: list[str] = []
@@ -96,6 +109,16 @@ class LocalStore(Store):
             target.unlink(missing_ok=True)
             raise
 
+    def abort_uploads(self, before: datetime) -> int:
+        aborted = 0
+        with self._errors(""):
+            for unfinished in self.root.rglob(f"{_UNFINISHED}*"):
+                with suppress(FileNotFoundError):
+                    if unfinished.stat().st_mtime < before.timestamp():
+                        unfinished.unlink()
+                        aborted += 1
+        return aborted
+
     def _at(self, path: str) -> Path:
         return self.root / check_object_path(path)
 
@@ -104,7 +127,7 @@ class LocalStore(Store):
         """An unfinished file beside the object, on disk for good; removed at the end whatever happened."""
         folder = self._at(path).parent
         _make_folders(folder)
-        unfinished = folder / f".unfinished-{secrets.token_hex(8)}"
+        unfinished = folder / f"{_UNFINISHED}{secrets.token_hex(8)}"
         try:
             with unfinished.open("xb") as file:
                 write(file)

@@ -5,6 +5,7 @@
     bundles/NAME/versions/000003.json
     {adapters,bundles}/NAME/contents/     which version a content is to be: see infra.versions
     {adapters,bundles}/NAME/aliases/      see infra.aliases
+    gc/                                   see infra.intents
 
 Blobs first, one create-only manifest last: readers follow manifests only, so an upload that was cut short does not
 exist. Every blob is hashed again whenever it is read.
@@ -21,9 +22,10 @@ from pydantic import ValidationError
 
 from infra.aliases import Alias
 from infra.artifact_files import adapter_files
-from infra.blobs import cached_adapter, fetch_adapter, put_blob
+from infra.blobs import blob_path, cached_adapter, fetch_adapter, put_blob
 from infra.cards import adapter_card
 from infra.errors import IntegrityError, ObjectMissingError, ReadOnlyError, RegistryError, UnknownRecordError
+from infra.intents import held
 from infra.manifests import (
     CARD_FILE,
     SCHEMA_VERSION,
@@ -72,12 +74,14 @@ class Registry:
             files = sorted([*files, card_file], key=lambda file: file.path)
         fields = facts.model_dump(mode="json") | {"kind": "adapter", "files": [file.model_dump() for file in files]}
 
-        def upload() -> None:
+        def upload(*, again: bool) -> None:
             for file in files:
                 path = directory / file.path
-                put_blob(self.store, file.sha256, path.read_bytes() if path.exists() else card)
+                if not again or self.store.head(blob_path(file.sha256)) is None:
+                    put_blob(self.store, file.sha256, path.read_bytes() if path.exists() else card)
 
-        return self._commit(self._log("adapter", name), fields, upload)
+        log = self._log("adapter", name)
+        return held(self.store, (file.sha256 for file in files), lambda: self._commit(log, fields, upload))
 
     def publish_bundle(
         self,
@@ -115,7 +119,7 @@ class Registry:
             field = ".".join(map(str, problem["loc"])) or "bundle"
             raise RegistryError(f"bundle {name}: {field}: {problem['msg']}") from None
         fields = bundle.model_dump(mode="json") | {"kind": "bundle"}
-        return self._commit(self._log("bundle", name), fields, lambda: None)
+        return self._commit(self._log("bundle", name), fields)
 
     def get_adapter(self, ref: str) -> AdapterRecord:
         """ "name@7", "name@alias", or "name" for the newest. Raises UnknownRecordError."""
@@ -235,13 +239,16 @@ class Registry:
         self._writable("publish")
         self.store.probe()
 
-    def _commit(self, log: VersionLog[R], fields: dict[str, Any], upload: Callable[[], None]) -> R:
-        """The version that holds these fields: an old one, or a new one, its blobs uploaded before its manifest."""
+    def _commit(self, log: VersionLog[R], fields: dict[str, Any], upload: Callable[..., None] = lambda **_: None) -> R:
+        """The version that holds these fields: an old one, or a new one, its blobs uploaded before its manifest.
+
+        `upload(again=True)` brings back blobs that an old version has lost.
+        """
         content = content_sha256(fields)
         published = log.find(content)
+        upload(again=published is not None)
         if published is not None:
             return published
-        upload()
         commit = {
             "schema_version": SCHEMA_VERSION,
             "name": log.name,

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ from infra.errors import (
     StoreUnreachableError,
 )
 from infra.settings import Settings
-from infra.storage import Store, check_object_path
+from infra.storage import Listed, Store, check_object_path
 
 CONNECT_TIMEOUT_S = 4
 # Silence on an open connection. botocore tries twice, and s3fs has it tried twice.
@@ -107,13 +108,24 @@ class S3Store(Store):
                 return []
         return sorted(str(entry["name"]).rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
 
-    def list(self, prefix: str) -> list[str]:
+    def listing(self, prefix: str) -> list[Listed]:
         with self._errors(prefix):
-            found = self._wait(self._fs._find, self._key(prefix, bucket=True), refresh=True)
+            key = self._key(prefix, bucket=True)
+            found = self._wait(self._fs._find, key, detail=True, refresh=True, seconds=READ_DEADLINE_S)
         skip = len(self._key("", bucket=True)) + 1
         # Some servers answer with a folder that was emptied, as if it were an object.
         inside = f"{prefix.rstrip('/')}/" if prefix else ""
-        return sorted(path for name in found if (path := str(name)[skip:]).startswith(inside) and path != inside)
+        return sorted(
+            (
+                Listed(path, int(entry["size"]), entry["LastModified"])
+                for name, entry in found.items()
+                if (path := str(name)[skip:]).startswith(inside) and path != inside
+            ),
+            key=lambda listed: listed.path,
+        )
+
+    def list(self, prefix: str) -> list[str]:
+        return [listed.path for listed in self.listing(prefix)]
 
     def delete(self, path: str) -> None:
         self._call("delete_object", path)
@@ -128,6 +140,24 @@ class S3Store(Store):
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+
+    def abort_uploads(self, before: datetime) -> int:
+        aborted = 0
+        after: dict[str, Any] = {}
+        prefix = f"{self.prefix}/" if self.prefix else ""
+        while True:
+            with self._errors(""):
+                page = self._wait(
+                    self._fs._call_s3, "list_multipart_uploads", Bucket=self.bucket, Prefix=prefix, **after
+                )
+            for upload in page.get("Uploads", []):
+                if upload["Initiated"] < before:
+                    path = str(upload["Key"]).removeprefix(prefix)
+                    self._call("abort_multipart_upload", path, UploadId=upload["UploadId"])
+                    aborted += 1
+            if not page.get("IsTruncated"):
+                return aborted
+            after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def _key(self, path: str, *, bucket: bool = False) -> str:
         parts = ([self.bucket] if bucket else []) + [self.prefix, check_object_path(path) if path else ""]

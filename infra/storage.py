@@ -9,6 +9,8 @@ import json
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -16,6 +18,15 @@ from infra.errors import ConflictError, ObjectExistsError, StoreError
 from infra.settings import Settings, read_settings
 
 PROBE_FOLDER = "probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object as a listing shows it; `modified` is UTC by the store's own clock."""
+
+    path: str
+    size: int
+    modified: datetime
 
 
 class Store(ABC):
@@ -48,6 +59,10 @@ class Store(ABC):
         """Names of the folders directly below a folder, sorted."""
 
     @abstractmethod
+    def listing(self, prefix: str) -> list[Listed]:
+        """All objects below a folder, with size and age, sorted by path."""
+
+    @abstractmethod
     def list(self, prefix: str) -> list[str]:
         """Paths of all objects below a folder, sorted."""
 
@@ -62,6 +77,10 @@ class Store(ABC):
     @abstractmethod
     def download(self, path: str, target: Path) -> None:
         """Write the object to a new local file. Raises ObjectMissingError; leaves nothing on failure."""
+
+    @abstractmethod
+    def abort_uploads(self, before: datetime) -> int:
+        """Remove what uploads begun before this moment left unfinished, and count it. No reader ever sees those."""
 
     def probe(self) -> None:
         """Check that the store takes writes and honours conditional ones; StoreError says what it lacks.
