@@ -47,7 +47,7 @@ def collect(
     now: datetime | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> GcReport:
-    """Count orphaned blobs; with `delete`, remove them and abort uploads that were begun before the grace period.
+    """Count orphaned blobs; with `delete`, remove them and abort uploads begun before the grace period, or a day ago.
 
     `now`: with its time zone; the machine's clock unless given. `on_progress` is told what is being done.
     Raises RegistryError for a registry that cannot be collected, StoreError.
@@ -57,18 +57,19 @@ def collect(
     now = now or datetime.now(UTC)
     if grace < timedelta(0) or now.tzinfo is None:
         raise RegistryError(f"grace {grace} must not be negative, and now {now} must have a time zone: correct them")
-    return run(collecting(registry.store, now - grace, delete=delete, on_progress=on_progress))
+    return run(collecting(registry.store, now, grace, delete=delete, on_progress=on_progress))
 
 
 def collecting(
     store: Store,
-    before: datetime,
+    now: datetime,
+    grace: timedelta,
     *,
     delete: bool,
     on_progress: Callable[[str], None] = lambda _: None,
     clock: Callable[[], float] = elapsed,
 ) -> Steps[GcReport]:
-    """The steps of `collect`; `before`: the moment that younger blobs were stored after."""
+    """The steps of `collect`."""
     on_progress("listing blobs")
     # Blobs first: one that comes later is not looked at, and one that is committed meanwhile is found referenced.
     stored = {blob: listed for listed in store.listing(BLOBS) if (blob := _blob(listed.path))}
@@ -79,7 +80,7 @@ def collecting(
     yield from marks.refresh()
     unreferenced = {blob: listed for blob, listed in stored.items() if blob not in marks.blobs}
     orphans = {
-        blob: listed for blob, listed in unreferenced.items() if listed.modified <= before and blob not in spared
+        blob: listed for blob, listed in unreferenced.items() if listed.modified <= now - grace and blob not in spared
     }
     removed = aborted = 0
     if delete:
@@ -88,7 +89,8 @@ def collecting(
             on_progress(f"deleting {len(orphans)} orphans, {removed} are gone")
             removed += yield from _remove(store, sorted(orphans)[start : start + BATCH], marks, clock)
         yield 0.0
-        aborted = store.abort_uploads(before)
+        # Even without grace: no upload that may be under way.
+        aborted = store.abort_uploads(now - max(grace, HOLD_LIFETIME))
         if others:
             # Those whose collectors died are removed, so that no publisher has to wait as long.
             on_progress("waiting for another collection to end, five minutes if it was cut short")

@@ -1,0 +1,261 @@
+"""Garbage collection: orphans older than the grace period go, what a manifest names or a publisher holds stays."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+import infra.gc
+import infra.intents
+from infra.blobs import blob_path, put_blob
+from infra.doctor import examine
+from infra.errors import IntegrityError, ReadOnlyError, RegistryError, SchemaError, StoreError
+from infra.gc import GRACE, GcReport, collect, collecting
+from infra.intents import FOLDER, HOLDS, INTENTS, Steps, held, holding, run, write_note
+from infra.local_store import LocalStore
+from infra.manifests import WEIGHTS_FILE, AdapterRecord, seal
+from infra.registry import Registry
+from infra.s3_store import S3Store
+from infra.storage import Listed, Store, open_store
+
+Publish = Callable[..., AdapterRecord]
+TOMORROW = datetime.now(UTC) + timedelta(days=2)
+
+
+def orphan(store: Store, data: bytes) -> str:
+    """A blob that no manifest names, as an upload leaves it that was cut short; returns its hash."""
+    digest = sha256(data).hexdigest()
+    put_blob(store, digest, data)
+    return digest
+
+
+def blobs(store: Store) -> set[str]:
+    return {path.rsplit("/", 1)[-1] for path in store.list("blobs")}
+
+
+def named(*records: AdapterRecord) -> set[str]:
+    return {file.sha256 for record in records for file in record.files}
+
+
+def test_only_orphans_older_than_the_grace_period_go_and_only_when_asked(
+    registry: Registry, publish: Publish, tmp_path: Path
+):
+    records = [publish(registry, seed) for seed in range(2)]
+    registry.publish_bundle("sprites", records[0].base, {"bright": records[0]})
+    lost = {orphan(registry.store, data) for data in (b"cut", b"short")}
+    kept = named(*records)
+    assert collect(registry) == GcReport(len(kept), 2, 0, 0, 0, 0)
+    assert collect(registry, delete=True) == GcReport(len(kept), 2, 0, 0, 0, 0)
+    assert collect(registry, now=TOMORROW) == GcReport(len(kept), 0, 2, 8, 0, 0)
+    assert collect(registry, now=TOMORROW, grace=timedelta(days=5), delete=True).young == 2
+    assert blobs(registry.store) == kept | lost
+    said: list[str] = []
+    assert collect(registry, now=TOMORROW, delete=True, on_progress=said.append) == GcReport(len(kept), 0, 2, 8, 2, 0)
+    assert said == ["listing blobs", "reading manifests", "deleting 2 orphans, 0 are gone"]
+    assert blobs(registry.store) == kept
+    assert registry.store.list(FOLDER) == []
+    assert examine(registry) == []
+    for record in records:
+        registry.fetch(record, tmp_path / record.ref)
+    assert collect(registry, now=TOMORROW, delete=True).orphans == 0
+
+
+def test_more_orphans_than_an_intent_names_go_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(infra.gc, "BATCH", 3)
+    store = open_store(str(tmp_path / "store"))
+    for number in range(8):
+        orphan(store, bytes([number]))
+    said: list[str] = []
+    assert collect(Registry(store), now=TOMORROW, delete=True, on_progress=said.append).removed == 8
+    assert [words for words in said if "deleting" in words] == [
+        f"deleting 8 orphans, {gone} are gone" for gone in (0, 3, 6)
+    ]
+    assert blobs(store) == set()
+
+
+def test_deleting_stops_when_the_intent_has_grown_old(tmp_path: Path):
+    store = open_store(str(tmp_path / "store"))
+    for number in range(8):
+        orphan(store, bytes([number]))
+    seconds = iter(range(0, 100_000, 30))
+    report = run(collecting(store, TOMORROW, GRACE, delete=True, clock=lambda: float(next(seconds))))
+    # the clock is read when the intent is written, and then, 30 seconds on, before each blob
+    assert (report.orphans, report.removed) == (8, infra.intents.STOP_AFTER_S // 30)
+    assert len(blobs(store)) == 8 - report.removed
+    assert store.list(FOLDER) == []
+
+
+def test_uploads_left_unfinished_are_aborted_with_the_orphans(registry: Registry, publish: Publish):
+    record, store = publish(registry), registry.store
+    if isinstance(store, S3Store):
+        for number in range(2):
+            key = f"{store.prefix}/{blob_path(str(number) * 64)}"
+            store._fs.call_s3("create_multipart_upload", Bucket=store.bucket, Key=key)
+    else:
+        assert isinstance(store, LocalStore)
+        for number in range(2):
+            (store.root / "blobs" / "sha256" / f".unfinished-{number}").write_bytes(b"half")
+    assert collect(registry, delete=True, grace=timedelta(0)).aborted_uploads == 0
+    assert collect(registry, now=TOMORROW).aborted_uploads == 0
+    assert collect(registry, now=TOMORROW, delete=True).aborted_uploads == 2
+    assert collect(registry, now=TOMORROW, delete=True).aborted_uploads == 0
+    assert blobs(store) == named(record)
+
+
+def test_what_is_no_blob_is_left_alone(registry: Registry):
+    registry.store.create("blobs/README", b"kept by hand")
+    registry.store.create("blobs/sha256/notes.txt", b"likewise")
+    assert collect(registry, now=TOMORROW, delete=True) == GcReport(0, 0, 0, 0, 0, 0)
+    assert len(registry.store.list("blobs")) == 2
+
+
+@pytest.mark.parametrize("damage", ["lost", "damaged", "newer"])
+def test_a_registry_with_an_unreadable_manifest_is_not_collected(tmp_path: Path, publish: Publish, damage: str):
+    registry = Registry(open_store(str(tmp_path / "store")))
+    for seed in range(3):
+        publish(registry, seed)
+    orphan(registry.store, b"cut")
+    before = blobs(registry.store)
+    path = "adapters/colour/versions/000002.json"
+    whole = registry.store.read(path)
+    registry.store.delete(path)
+    if damage == "damaged":
+        registry.store.create(path, whole[:-20])
+    if damage == "newer":
+        registry.store.create(path, seal(json.loads(whole) | {"schema_version": 2}))
+    error, words = {
+        "lost": (IntegrityError, r"000002\.json is missing.*restore it"),
+        "damaged": (IntegrityError, r"000002\.json is damaged.*Restore it"),
+        "newer": (SchemaError, r"000002\.json has schema version 2.*upgrade"),
+    }[damage]
+    with pytest.raises(error, match=words):
+        collect(registry, now=TOMORROW, delete=True)
+    assert blobs(registry.store) == before
+    assert registry.store.list(FOLDER) == []
+
+
+def test_wrong_questions_are_refused(tmp_path: Path):
+    store = open_store(str(tmp_path / "store"))
+    with pytest.raises(ReadOnlyError, match="read-only"):
+        collect(Registry(store, read_only=True), delete=True)
+    assert collect(Registry(store, read_only=True)) == GcReport(0, 0, 0, 0, 0, 0)
+    for arguments in ({"grace": timedelta(hours=-1)}, {"now": datetime(2026, 1, 1)}):
+        with pytest.raises(RegistryError, match="correct them"):
+            collect(Registry(store), **arguments)
+
+
+def test_a_store_that_lists_late_is_not_collected(tmp_path: Path):
+    class Late(LocalStore):
+        def listing(self, prefix: str) -> list[Listed]:
+            return [listed for listed in super().listing(prefix) if not listed.path.startswith(FOLDER)]
+
+        def list(self, prefix: str) -> list[str]:
+            return [path for path in super().list(prefix) if not path.startswith(FOLDER)]
+
+    store = Late(tmp_path)
+    digest = orphan(store, b"cut")
+    with pytest.raises(StoreError, match="does not list at once"):
+        collect(Registry(store), now=TOMORROW, delete=True)
+    assert blobs(store) == {digest}
+
+
+def test_a_store_that_forgets_holds_is_not_published_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Forgetful(LocalStore):
+        def list(self, prefix: str) -> list[str]:
+            return [path for path in super().list(prefix) if not path.startswith(HOLDS)]
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    store = Forgetful(tmp_path)
+    with pytest.raises(StoreError, match=r"does not keep, or does not list.*publish again"):
+        held(store, ["ab" * 32], lambda: pytest.fail("nothing may be published"))
+    assert LocalStore(tmp_path).list(FOLDER) == []
+
+
+def test_a_hold_protects_its_blobs_until_its_publisher_must_have_died(registry: Registry):
+    store = registry.store
+    digest = orphan(store, b"being published")
+    hold = write_note(store, HOLDS, [digest])
+    report = GcReport(0, 1, 0, 0, 0, 0)
+    assert collect(registry, now=TOMORROW) == collect(registry, now=TOMORROW, delete=True) == report
+    assert (blobs(store), store.list(HOLDS)) == ({digest}, [hold])
+
+
+def test_a_dead_publishers_hold_is_removed_and_its_blobs_go_with_the_next_collection(tmp_path: Path):
+    store = LocalStore(tmp_path)
+    registry = Registry(store)
+    held_blob, other = orphan(store, b"held"), orphan(store, b"cut")
+    hold = store.root / write_note(store, HOLDS, [held_blob])
+    long_ago = time.time() - 2 * 86_400
+    os.utime(hold, (long_ago, long_ago))
+    first = collect(registry, now=TOMORROW, delete=True)
+    assert (first.young, first.removed, blobs(store)) == (1, 1, {held_blob})
+    assert not hold.exists()
+    assert other not in blobs(store)
+    assert collect(registry, now=TOMORROW, delete=True).removed == 1
+
+
+def test_a_damaged_note_stops_collectors_and_delays_publishers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = LocalStore(tmp_path)
+    orphan(store, b"cut")
+    store.create(f"{HOLDS}/x.json", b"{")
+    with pytest.raises(IntegrityError, match=r"holds/x\.json is damaged: delete it"):
+        collect(Registry(store), now=TOMORROW, delete=True)
+    store.create(f"{INTENTS}/x.json", b"[]")
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(infra.intents, "PATIENCE_S", 0.0)
+    assert held(store, ["ab" * 32], lambda: "published") == "published"
+    assert len(waits) == 1
+    assert store.list(INTENTS) == []
+
+
+def test_a_dead_collectors_intent_is_outlasted_by_publishers_it_concerns_and_by_collectors(tmp_path: Path):
+    store = LocalStore(tmp_path)
+    now = [0.0]
+
+    def seconds(steps: Steps[object]) -> float:
+        """How long these steps wait."""
+        begun = now[0]
+        for pause in steps:
+            now[0] += pause
+        return now[0] - begun
+
+    def nothing() -> Steps[None]:
+        yield 0.0
+
+    mine, others = frozenset(["ab" * 32]), frozenset(["cd" * 32])
+    intent = write_note(store, INTENTS, mine)
+    assert seconds(holding(store, others, nothing, lambda: now[0])) == 0
+    assert store.list(INTENTS) == [intent]
+    assert seconds(holding(store, mine, nothing, lambda: now[0])) >= infra.intents.PATIENCE_S
+    assert store.list(FOLDER) == []
+    write_note(store, INTENTS, mine)
+    assert seconds(collecting(store, TOMORROW, GRACE, delete=False, clock=lambda: now[0])) == 0
+    assert seconds(collecting(store, TOMORROW, GRACE, delete=True, clock=lambda: now[0])) >= infra.intents.PATIENCE_S
+    assert store.list(FOLDER) == []
+    assert infra.intents.PATIENCE_S > infra.intents.STOP_AFTER_S + 60
+
+
+def test_a_publish_that_fails_lets_go_of_its_blobs_unless_it_may_have_happened(tmp_path: Path):
+    store = LocalStore(tmp_path)
+    for error, left in ((IntegrityError("damaged"), 0), (StoreError("no reply"), 1)):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            held(store, ["ab" * 32], fail)
+        assert len(store.list(HOLDS)) == left
+
+
+def test_publishing_again_brings_back_lost_blobs(registry: Registry, publish: Publish, tmp_path: Path):
+    record = publish(registry)
+    [weights] = [file.sha256 for file in record.files if file.path == WEIGHTS_FILE]
+    registry.store.delete(blob_path(weights))
+    assert publish(registry) == record
+    registry.fetch(record, tmp_path / "fetched")
