@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiohttp import ClientError as ConnectionBroken
 from botocore.exceptions import BotoCoreError
+from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from fsspec.exceptions import FSTimeoutError
 from s3fs import S3FileSystem
@@ -215,7 +217,15 @@ class S3Store(Store):
             yield
         except StoreError:
             raise
-        except (BotoCoreError, FSTimeoutError, ConnectionError, TimeoutError) as error:
+        # A reply that ends in the middle is an aiohttp error in a body, and one of the parser in anything else.
+        except (
+            BotoCoreError,
+            ResponseParserError,
+            ConnectionBroken,
+            FSTimeoutError,
+            ConnectionError,
+            TimeoutError,
+        ) as error:
             raise StoreUnreachableError(
                 f"{where}: no answer from {self.endpoint} ({type(error).__name__}). Check that the server "
                 "runs, and DIFFUSION_BLEND_S3_ENDPOINT_URL and DIFFUSION_BLEND_STORE_URL"
