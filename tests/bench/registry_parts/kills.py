@@ -69,7 +69,8 @@ def kill_publishers(crew: Crew, settings: Settings, kills: int, seed: int = 0) -
         for number in range(kills):
             first = max(len(seen) - 1, 0)
             publisher = crew.publish(settings, list(range(first, first + AHEAD)))
-            _await_beginning(publisher, moments.randrange(len(seen), len(seen) + 2))
+            # the first may finish one, so that there is something to read
+            _await_beginning(publisher, moments.randrange(len(seen), len(seen) + 2) if seen else 1)
             time.sleep(moments.uniform(0, 1.2 * seconds))
             publisher.kill()
             if (code := publisher.wait()) != -9:
