@@ -13,15 +13,25 @@ from datetime import UTC, datetime, timedelta
 
 from infra.blobs import blob_path
 from infra.errors import IntegrityError, ObjectMissingError, ReadOnlyError, RegistryError, StoreError
-from infra.intents import FOLDER, HOLDS, INTENTS, STOP_AFTER_S, Steps, elapsed, outlast, read_note, run, write_note
+from infra.intents import (
+    FOLDER,
+    HOLD_LIFETIME,
+    HOLDS,
+    INTENTS,
+    STOP_AFTER_S,
+    Steps,
+    elapsed,
+    outlast,
+    read_note,
+    run,
+    write_note,
+)
 from infra.manifests import AdapterRecord, BundleRecord, Commit
 from infra.registry import Registry
 from infra.storage import Listed, Store
 from infra.versions import VersionLog
 
 GRACE = timedelta(days=1)
-# Publishers do not renew their holds: longer than the longest upload.
-HOLD_LIFETIME = timedelta(days=1)
 # Blobs to an intent: few enough to be deleted well before STOP_AFTER_S, at a tenth of a second each.
 BATCH = 500
 BLOBS = blob_path("").rstrip("/")
@@ -29,14 +39,18 @@ BLOBS = blob_path("").rstrip("/")
 
 @dataclass(frozen=True, slots=True)
 class GcReport:
-    """Stored blobs, counted by what is to become of them, and what was done."""
+    """Stored blobs, by what is to become of them, and what was done."""
 
     referenced: int
     young: int  # named by no manifest, but younger than the grace period or held by a publisher
-    orphans: int  # named by no manifest, and to be deleted
-    bytes: int  # in the orphans
-    removed: int
+    orphans: tuple[Listed, ...]  # named by no manifest, and to be deleted
+    removed: tuple[Listed, ...]  # those of the orphans that were
     aborted_uploads: int
+
+    @property
+    def bytes(self) -> int:
+        """Sum of the orphans' sizes."""
+        return sum(listed.size for listed in self.orphans)
 
 
 def collect(
@@ -47,22 +61,21 @@ def collect(
     now: datetime | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> GcReport:
-    """Count orphaned blobs; with `delete`, remove them and abort uploads begun before the grace period, or a day ago.
+    """Find orphaned blobs; with `delete`, remove them and abort uploads begun before the grace period, or a day ago.
 
-    `now`: with its time zone; the machine's clock unless given. `on_progress` is told what is being done.
-    Raises RegistryError for a registry that cannot be collected, StoreError.
+    `now`: with its time zone; unless given, the store's clock where something is deleted, else this machine's.
+    `on_progress` is told what is being done. Raises RegistryError for a registry that cannot be collected, StoreError.
     """
     if delete and registry.read_only:
         raise ReadOnlyError(f"cannot delete from {registry.store.url}: it is read-only. Use a store of your own")
-    now = now or datetime.now(UTC)
-    if grace < timedelta(0) or now.tzinfo is None:
+    if grace < timedelta(0) or (now and now.tzinfo is None):
         raise RegistryError(f"grace {grace} must not be negative, and now {now} must have a time zone: correct them")
     return run(collecting(registry.store, now, grace, delete=delete, on_progress=on_progress))
 
 
 def collecting(
     store: Store,
-    now: datetime,
+    now: datetime | None,
     grace: timedelta,
     *,
     delete: bool,
@@ -71,23 +84,27 @@ def collecting(
 ) -> Steps[GcReport]:
     """The steps of `collect`."""
     on_progress("listing blobs")
-    # Blobs first: one that comes later is not looked at, and one that is committed meanwhile is found referenced.
+    others = set(store.list(INTENTS))
+    stamp = (yield from _ask_time(store)) if delete else datetime.now(UTC)
+    now = now or stamp
+    holds = yield from _living(store, stamp, bury=delete)
+    spared = yield from _held(store, holds)
+    # Blobs before manifests: one that is stored later is not looked at, one that is committed meanwhile is referenced.
     stored = {blob: listed for listed in store.listing(BLOBS) if (blob := _blob(listed.path))}
     yield 0.0
-    spared = yield from _held(store, store.list(HOLDS))
     on_progress("reading manifests")
     marks = Marks(store)
     yield from marks.refresh()
     unreferenced = {blob: listed for blob, listed in stored.items() if blob not in marks.blobs}
-    orphans = {
-        blob: listed for blob, listed in unreferenced.items() if listed.modified <= now - grace and blob not in spared
-    }
-    removed = aborted = 0
+    orphans = sorted(
+        blob for blob, listed in unreferenced.items() if listed.modified <= now - grace and blob not in spared
+    )
+    removed: list[str] = []
+    aborted = 0
     if delete:
-        others = set(store.list(INTENTS))
         for start in range(0, len(orphans), BATCH):
-            on_progress(f"deleting {len(orphans)} orphans, {removed} are gone")
-            removed += yield from _remove(store, sorted(orphans)[start : start + BATCH], marks, clock)
+            on_progress(f"deleting {len(orphans)} orphans, {len(removed)} are gone")
+            removed += yield from _remove(store, orphans[start : start + BATCH], marks, clock)
         yield 0.0
         # Even without grace: no upload that may be under way.
         aborted = store.abort_uploads(now - max(grace, HOLD_LIFETIME))
@@ -98,9 +115,8 @@ def collecting(
     return GcReport(
         referenced=len(stored) - len(unreferenced),
         young=len(unreferenced) - len(orphans),
-        orphans=len(orphans),
-        bytes=sum(listed.size for listed in orphans.values()),
-        removed=removed,
+        orphans=tuple(stored[blob] for blob in orphans),
+        removed=tuple(stored[blob] for blob in removed),
         aborted_uploads=aborted,
     )
 
@@ -142,9 +158,33 @@ class Marks:
             )
 
 
-def _remove(store: Store, orphans: Sequence[str], marks: Marks, clock: Callable[[], float]) -> Steps[int]:
-    """Delete those that are orphans still once the intent to do so can be seen; returns how many."""
-    started, removed = clock(), 0
+def _ask_time(store: Store) -> Steps[datetime]:
+    """The time by the store's clock, from the stamp of a note that names nothing."""
+    note = write_note(store, INTENTS, ())
+    yield 0.0
+    stamps = [listed.modified for listed in store.listing(INTENTS) if listed.path == note]
+    yield 0.0
+    store.delete(note)
+    if not stamps:
+        raise _lists_late(store)
+    return stamps[0]
+
+
+def _living(store: Store, now: datetime, *, bury: bool) -> Steps[list[str]]:
+    """Holds of publishers who may be alive; with `bury`, the others' are removed. `now`: by the store's clock."""
+    yield 0.0
+    holds = store.listing(HOLDS)
+    dead = {hold.path for hold in holds if now - hold.modified > HOLD_LIFETIME}
+    for path in sorted(dead) if bury else ():
+        yield 0.0
+        store.delete(path)
+    return [hold.path for hold in holds if hold.path not in dead]
+
+
+def _remove(store: Store, orphans: Sequence[str], marks: Marks, clock: Callable[[], float]) -> Steps[list[str]]:
+    """Delete those that are orphans still once the intent to do so can be seen; returns which."""
+    started = clock()
+    removed: list[str] = []
     intent = write_note(store, INTENTS, orphans)
     yield 0.0
     try:
@@ -159,34 +199,29 @@ def _remove(store: Store, orphans: Sequence[str], marks: Marks, clock: Callable[
             break
         # Should this fail, it may be done all the same, and late: the intent is left for others to outlast.
         store.delete(blob_path(blob))
-        removed += 1
+        removed.append(blob)
+    yield 0.0
     store.delete(intent)
     return removed
 
 
 def _doomed(store: Store, orphans: Sequence[str], intent: str, marks: Marks) -> Steps[list[str]]:
     """The orphans that no publisher holds and no manifest names by now."""
-    notes = store.listing(FOLDER)
-    own = next((note for note in notes if note.path == intent), None)
-    if own is None:
-        raise StoreError(f"{store.url} does not list at once what is written to it: nothing can be deleted safely")
+    notes = store.list(FOLDER)
+    if intent not in notes:
+        raise _lists_late(store)
     yield 0.0
-    held = yield from _held(store, _standing(store, notes, own))
+    held = yield from _held(store, [path for path in notes if path.startswith(f"{HOLDS}/")])
     # Holds before manifests: one that went away meanwhile went after its commit.
     yield from marks.refresh()
     return [blob for blob in orphans if blob not in held and blob not in marks.blobs]
 
 
-def _standing(store: Store, notes: Sequence[Listed], own: Listed) -> list[str]:
-    """Holds that count; those of publishers that died are removed first, so that one who lives can tell.
-
-    Their age is the difference of two stamps of the store, and of no other clock.
-    """
-    holds = [note for note in notes if note.path.startswith(f"{HOLDS}/")]
-    for hold in holds:
-        if own.modified - hold.modified > HOLD_LIFETIME:
-            store.delete(hold.path)
-    return [hold.path for hold in holds if own.modified - hold.modified <= HOLD_LIFETIME]
+def _lists_late(store: Store) -> StoreError:
+    return StoreError(
+        f"{store.url} does not list at once what is written to it, so that nothing can be deleted safely: keep the "
+        "registry in a store that does (AWS S3, MinIO, SeaweedFS, Ceph, a local directory)"
+    )
 
 
 def _held(store: Store, holds: Sequence[str]) -> Steps[set[str]]:

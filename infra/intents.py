@@ -9,15 +9,22 @@ is whole from its first moment, whoever dies and whenever.
 
 Clocks are not compared across machines. A collector deletes for STOP_AFTER_S at most after it wrote its intent; who
 has watched one intent for PATIENCE_S knows that its collector has finished or died, and removes it. Both are time that
-went by on one machine, and a delete request may be under way for as long as the difference. A hold whose publisher
-died is removed by a collector much later; a publisher that was only slow finds its hold gone, and starts over.
+went by on one machine, and a delete request may be under way for as long as the difference. A hold is taken for that
+of a dead publisher when the store's own stamps say that it is older than HOLD_LIFETIME; a publisher who needs half of
+that, by its own watch, takes a new one before it commits.
+
+What this does not provide for: a machine that stops for minutes, unnoticed by its own watch, between looking at it and
+asking for a delete; a store whose clock jumps by half a day while a publisher commits and then dies; a store that lists
+late, as file systems over a network may. What is lost by these, the next publish of the same files brings back.
 """
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
+from datetime import timedelta
 from typing import TypeVar
 
 from infra.errors import IntegrityError, ObjectMissingError, StoreError
@@ -28,12 +35,21 @@ HOLDS = f"{FOLDER}/holds"
 INTENTS = f"{FOLDER}/intents"
 STOP_AFTER_S = 120.0
 PATIENCE_S = 300.0
+# Publishers do not renew their holds: longer than the longest upload.
+HOLD_LIFETIME = timedelta(days=1)
 POLL_S = 1.0
 MAX_ROUNDS = 8
 
 R = TypeVar("R")
 # A protocol as single steps, so that tests may put any steps of others between them: yields the seconds to wait.
 Steps = Generator[float, None, R]
+# What publishers call right before they commit.
+StillHeld = Callable[[], None]
+log = logging.getLogger(__name__)
+
+
+class HoldLapsedError(Exception):
+    """So much time went by that collectors may take the publisher for dead; `holding` starts over."""
 
 
 def elapsed() -> float:
@@ -71,34 +87,38 @@ def read_note(store: Store, path: str) -> frozenset[str]:
         raise IntegrityError(f"{store.url}/{path} is damaged: delete it while nobody publishes or collects") from None
 
 
-def held(store: Store, blobs: Iterable[str], work: Callable[[], R]) -> R:
+def held(store: Store, blobs: Iterable[str], work: Callable[[StillHeld], R]) -> R:
     """Do `work`, which stores these blobs and commits them, while no collector deletes any of them.
 
-    `work` may be done more than once. Raises StoreError when the store does not keep the hold.
+    `work` is given a function to call between the two, lets pass what that raises, and may be done more than once.
+    Raises StoreError when the store does not keep the hold.
     """
 
-    def at_once() -> Steps[R]:
+    def at_once(still_held: StillHeld) -> Steps[R]:
         yield 0.0
-        return work()
+        return work(still_held)
 
     return run(holding(store, frozenset(blobs), at_once))
 
 
 def holding(
-    store: Store, blobs: frozenset[str], work: Callable[[], Steps[R]], clock: Callable[[], float] = elapsed
+    store: Store, blobs: frozenset[str], work: Callable[[StillHeld], Steps[R]], clock: Callable[[], float] = elapsed
 ) -> Steps[R]:
     """The steps of `held`."""
     for _ in range(MAX_ROUNDS):
+        still_held = _watch(clock)
         hold = write_note(store, HOLDS, blobs)
         yield 0.0
         try:
             if (yield from _undisputed(store, hold, blobs, clock)):
-                result = yield from work()
+                result = yield from work(still_held)
                 yield 0.0
                 # While the hold stands, no collector has missed both the hold and the commit.
                 if store.head(hold) is not None:
                     _release(store, hold)
                     return result
+        except HoldLapsedError:
+            pass
         except StoreError:
             # The commit may arrive yet: its blobs stay held.
             raise
@@ -124,6 +144,17 @@ def outlast(store: Store, in_the_way: Callable[[], set[str]], clock: Callable[[]
         yield POLL_S
 
 
+def _watch(clock: Callable[[], float]) -> StillHeld:
+    """A check that no more than half a hold's lifetime has gone by from now on."""
+    begun = clock()
+
+    def still_held() -> None:
+        if clock() - begun > HOLD_LIFETIME.total_seconds() / 2:
+            raise HoldLapsedError
+
+    return still_held
+
+
 def _release(store: Store, hold: str) -> None:
     # One that stays behind is in nobody's way, and what was published must not fail for it.
     with suppress(StoreError):
@@ -133,16 +164,20 @@ def _release(store: Store, hold: str) -> None:
 def _undisputed(store: Store, hold: str, blobs: frozenset[str], clock: Callable[[], float]) -> Steps[bool]:
     """Wait until no intent names one of the blobs; False when the hold is gone, or not listed yet."""
     named: dict[str, bool] = {}
-    stands = True
+    stands, waiting = True, False
 
     def in_the_way() -> set[str]:
-        nonlocal stands
+        nonlocal stands, waiting
         listed = store.list(FOLDER)
         stands = hold in listed
         for path in listed:
             if path.startswith(f"{INTENTS}/") and path not in named:
                 named[path] = _names_any(store, path, blobs)
-        return {path for path in listed if named.get(path)} if stands else set()
+        found = {path for path in listed if named.get(path)} if stands else set()
+        if found and not waiting:
+            log.warning("waiting for a garbage collection of %s, %d s if it was cut short", store.url, PATIENCE_S)
+        waiting |= bool(found)
+        return found
 
     yield from outlast(store, in_the_way, clock)
     return stands

@@ -91,7 +91,7 @@ class LocalStore(Store):
         top = self._at(prefix) if prefix else self.root
         found: list[str] = []
         with self._errors(prefix):
-            for folder, folders, files in os.walk(top):
+            for folder, folders, files in os.walk(top, onerror=_unless_missing):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 here = Path(folder).relative_to(self.root)
                 found += [(here / name).as_posix() for name in files if not name.startswith(".")]
@@ -182,6 +182,12 @@ class LocalStore(Store):
                 f"{where}: {error.strerror}. Nothing was committed; free the cause (disk space, quota, disk "
                 "errors) and repeat"
             ) from error
+
+
+def _unless_missing(error: OSError) -> None:
+    """What cannot be looked at must not look empty; what was deleted meanwhile is."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -25,7 +25,7 @@ from infra.artifact_files import adapter_files
 from infra.blobs import blob_path, cached_adapter, fetch_adapter, put_blob
 from infra.cards import adapter_card
 from infra.errors import IntegrityError, ObjectMissingError, ReadOnlyError, RegistryError, UnknownRecordError
-from infra.intents import held
+from infra.intents import StillHeld, held
 from infra.manifests import (
     CARD_FILE,
     SCHEMA_VERSION,
@@ -74,14 +74,17 @@ class Registry:
             files = sorted([*files, card_file], key=lambda file: file.path)
         fields = facts.model_dump(mode="json") | {"kind": "adapter", "files": [file.model_dump() for file in files]}
 
-        def upload(*, again: bool) -> None:
-            for file in files:
-                path = directory / file.path
-                if not again or self.store.head(blob_path(file.sha256)) is None:
-                    put_blob(self.store, file.sha256, path.read_bytes() if path.exists() else card)
+        def work(still_held: StillHeld) -> AdapterRecord:
+            def upload(*, again: bool) -> None:
+                for file in files:
+                    path = directory / file.path
+                    if not again or self.store.head(blob_path(file.sha256)) is None:
+                        put_blob(self.store, file.sha256, path.read_bytes() if path.exists() else card)
+                still_held()
 
-        log = self._log("adapter", name)
-        return held(self.store, (file.sha256 for file in files), lambda: self._commit(log, fields, upload))
+            return self._commit(self._log("adapter", name), fields, upload)
+
+        return held(self.store, (file.sha256 for file in files), work)
 
     def publish_bundle(
         self,

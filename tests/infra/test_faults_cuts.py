@@ -27,10 +27,11 @@ def collect_orphans(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None
     before = set(registry.store.list("blobs"))
     assert before > referenced
     now = datetime.now(UTC) + TOMORROW
-    assert collect(registry, now=now, delete=True).removed == 0
+    collect(registry, now=now, delete=True)
+    assert set(registry.store.list("blobs")) == before
     # the store's own stamps say how old a hold is: they cannot be set forward
     monkeypatch.setattr(infra.gc, "HOLD_LIFETIME", timedelta(seconds=-60))
-    assert collect(registry, now=now, delete=True).removed == len(before - referenced)
+    collect(registry, now=now, delete=True)
     assert set(registry.store.list("blobs")) == referenced
     assert registry.store.list(FOLDER) == []
     assert registry.versions("colour", "adapter") == records
