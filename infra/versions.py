@@ -127,8 +127,8 @@ class VersionLog(Generic[R]):
 
     def _damaged(self, path: str, otherwise: str = "") -> IntegrityError:
         return IntegrityError(
-            f"{self.store.url}/{path} is damaged{otherwise}: restore it from a copy of the store, or delete it; then the same "
-            "content would get another version when it is published again"
+            f"{self.store.url}/{path} is damaged{otherwise}: restore it from a copy of the store, or delete it; then "
+            "the same content would get another version when it is published again"
         )
 
 

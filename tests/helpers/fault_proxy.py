@@ -151,9 +151,7 @@ class FaultProxy:
         return _Wire(socket.create_connection(self._upstream))
 
 
-def _deal(
-    fault: str | None, request: Request, client: _Wire, server: _Wire, connect: Callable[[], _Wire]
-) -> bool:
+def _deal(fault: str | None, request: Request, client: _Wire, server: _Wire, connect: Callable[[], _Wire]) -> bool:
     """Pass one request on, with a fault or without; False when the connection is done for."""
     whole = request.head + request.body
     if fault in ("error-500", "error-503"):

@@ -64,9 +64,7 @@ def test_processes_that_publish_the_same_content_in_other_orders_leave_one_gaple
 
 
 @pytest.mark.slow
-def test_sixteen_processes_publish_the_same_and_move_one_alias_with_one_winner_a_round(
-    settings: Settings, crew, parts
-):
+def test_sixteen_processes_publish_the_same_and_move_one_alias_with_one_winner_a_round(settings: Settings, crew, parts):
     outcome = parts("races").race(crew, settings, WRITERS, ROUNDS)
     assert (outcome.wrong, outcome.lost, outcome.duplicated) == ([], 0, 0)
     assert outcome.refusals == {"AliasMovedError": (WRITERS - 1) * ROUNDS}

@@ -21,7 +21,8 @@ from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage import open_store
 
-
+# Writers that wait for one another this long wait for one that died.
+MEETING_S = 300
 # What a local store asks of the operating system, as sys.addaudithook names it; reported before it is done.
 FILE_EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "fcntl.flock"}
 
@@ -180,22 +181,23 @@ def _fork(task: Callable[[Callable[..., None]], None], told: str) -> int:
         os._exit(code)
 
 
+def _obey(order: dict[str, Any]) -> Any:
+    if "wait" in order:
+        return os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+    if order["task"] == "publish":
+        return [_fork(lambda say: publish_task(order, say), told) for told in order["told"]]
+    barrier = multiprocessing.get_context("fork").Barrier(len(order["told"]))
+    return [
+        _fork(lambda say, n=n: race_task(order, say, n, lambda: barrier.wait(MEETING_S)), told)
+        for n, told in enumerate(order["told"])
+    ]
+
+
 def main() -> None:
-    import infra.s3_store  # noqa: F401  for those to be forked
+    import infra.s3_store  # noqa: F401  once for all that are forked
 
     for line in sys.stdin:
-        order = json.loads(line)
-        if "wait" in order:
-            answer: Any = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
-        elif order["task"] == "race":
-            barrier = multiprocessing.get_context("fork").Barrier(len(order["told"]))
-            answer = [
-                _fork(lambda say, n=n: race_task(order, say, n, lambda: barrier.wait(300)), told)
-                for n, told in enumerate(order["told"])
-            ]
-        else:
-            answer = [_fork(lambda say: publish_task(order, say), told) for told in order["told"]]
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(_obey(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

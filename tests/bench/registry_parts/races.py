@@ -1,5 +1,7 @@
 """Writers that all publish the same adapter and move the same alias at the same time: one winner, typed losers."""
 
+from itertools import pairwise
+
 from registry_parts.crew import Crew
 from registry_parts.subjects import NAME, Outcome, versions
 
@@ -22,7 +24,7 @@ def race(crew: Crew, settings: Settings, writers: int, rounds: int) -> Outcome:
     history = registry.history(NAME, kind="adapter")
     if [entry.seq for entry in history] != list(range(1, rounds + 1)):
         outcome.wrong.append(f"the history is {[entry.seq for entry in history]}")
-    if any(one.version == other.version for one, other in zip(history, history[1:], strict=False)):
+    if any(one.version == other.version for one, other in pairwise(history)):
         outcome.wrong.append("the history holds a move that moved nothing")
     for seed in range(rounds):
         lines = [line for line in told if line.get("round") == seed]
