@@ -9,6 +9,7 @@ from infra.blobs import blob_path
 from infra.errors import InfraError, ObjectMissingError
 from infra.manifests import AdapterRecord, BundleRecord, Kind, Record
 from infra.registry import KINDS, Registry
+from infra.versions import VersionLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ def examine(registry: Registry, on_progress: Callable[[str], None] = lambda _: N
         for name in registry.store.folders(f"{kind}s"):
             on_progress(f"{kind} {name}")
             findings += _versions(registry, kind, name, sound)
+            findings += _contents(registry, kind, name)
             findings += _aliases(registry, kind, name)
     return findings
 
@@ -57,6 +59,18 @@ def _versions(registry: Registry, kind: Kind, name: str, sound: set[str]) -> Ite
             continue
         if isinstance(record, AdapterRecord):
             yield from _blobs(registry, record, sound)
+
+
+def _contents(registry: Registry, kind: Kind, name: str) -> Iterator[Finding]:
+    """Damaged notes of which version holds which content: the next publish of that content would be refused."""
+    log = VersionLog(registry.store, AdapterRecord if kind == "adapter" else BundleRecord, f"{kind}s/{name}")
+    for path in registry.store.list(f"{log.folder}/contents"):
+        try:
+            log.intended(path)
+        except ObjectMissingError:
+            continue
+        except InfraError as error:
+            yield Finding(f"{registry.store.url}/{path}", str(error))
 
 
 def _blobs(registry: Registry, record: AdapterRecord, sound: set[str]) -> Iterator[Finding]:

@@ -14,12 +14,13 @@ from typing import Generic, TypeVar
 
 from infra.cache import Cache
 from infra.errors import ConflictError, IntegrityError, ObjectExistsError, ObjectMissingError, StoreError
-from infra.manifests import Commit, unseal
+from infra.manifests import Commit, seal, unseal
 from infra.storage import Listed, Store
 
 R = TypeVar("R", bound=Commit)
 MAX_RACES = 1_000
 PARALLEL = 16
+CHECKSUM = "checksum"
 
 
 class VersionLog(Generic[R]):
@@ -81,7 +82,7 @@ class VersionLog(Generic[R]):
     def find(self, content: str) -> R | None:
         """The version that holds this content, if it was ever committed."""
         try:
-            return self._committed(self._slot(self.store.read(self._intent(content))), content)
+            return self._committed(self.intended(self._intent(content)), content)
         except ObjectMissingError:
             return None
 
@@ -109,16 +110,20 @@ class VersionLog(Generic[R]):
             try:
                 self.store.create(path, _intent_bytes(slot))
             except ObjectExistsError:
-                return self._slot(self.store.read(path))
+                return self.intended(path)
             return slot
-        slot = self._slot(raw)
-        if not self.exists(slot) or self._committed(slot, content) is not None:
+        slot = self.intended(path, raw)
+        if not self.exists(slot):
+            if slot > 1 and not self.exists(slot - 1):
+                raise self._damaged(path, f", or version {slot - 1} is missing")
+            return slot
+        if self._committed(slot, content) is not None:
             return slot
         moved = self.latest() + 1
         try:
             self.store.replace(path, _intent_bytes(moved), etag)
         except ConflictError:
-            return self._slot(self.store.read(path))
+            return self.intended(path)
         return moved
 
     def _committed(self, slot: int, content: str) -> R | None:
@@ -131,15 +136,26 @@ class VersionLog(Generic[R]):
     def _intent(self, content: str) -> str:
         return f"{self.folder}/contents/{content}.json"
 
-    def _slot(self, raw: bytes) -> int:
+    def intended(self, path: str, raw: bytes | None = None) -> int:
+        """The slot that the intent at this path names. Raises ObjectMissingError, IntegrityError."""
+        raw = self.store.read(path) if raw is None else raw
         try:
-            slot = json.loads(raw)["version"]
-        except (ValueError, KeyError, TypeError):
-            slot = None
-        if not isinstance(slot, int) or slot < 1:
-            raise IntegrityError(f"{self.store.url}/{self.folder}/contents has a damaged entry: delete {raw!r}")
+            fields = json.loads(raw)
+            slot = fields["version"]
+            # Earlier software wrote no checksum.
+            whole = set(fields) == {"version"} or raw == seal(fields, CHECKSUM)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self._damaged(path) from None
+        if not whole or not isinstance(slot, int) or slot < 1:
+            raise self._damaged(path)
         return slot
+
+    def _damaged(self, path: str, otherwise: str = "") -> IntegrityError:
+        return IntegrityError(
+            f"{self.store.url}/{path} is damaged{otherwise}: restore it from a copy of the store, or delete it; then "
+            "the same content would get another version when it is published again"
+        )
 
 
 def _intent_bytes(slot: int) -> bytes:
-    return json.dumps({"version": slot}).encode()
+    return seal({"version": slot}, CHECKSUM)

@@ -66,7 +66,7 @@ class S3Process:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """SeaweedFS on free ports of 127.0.0.1; the session fails when it does not start."""
-    server = _open_s3(tmp_path_factory)
+    server = open_s3(lambda: tmp_path_factory.mktemp("weed"))
     yield server.facts
     server.close()
 
@@ -77,7 +77,7 @@ def start_s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
     servers: list[S3Process] = []
 
     def start() -> S3Process:
-        servers.append(_open_s3(tmp_path_factory))
+        servers.append(open_s3(lambda: tmp_path_factory.mktemp("weed")))
         return servers[-1]
 
     yield start
@@ -85,10 +85,11 @@ def start_s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
         server.close()
 
 
-def _open_s3(tmp_path_factory: pytest.TempPathFactory) -> S3Process:
+def open_s3(new_directory: Callable[[], Path]) -> S3Process:
+    """Start a server and wait for its first write; what it keeps lies in a new directory."""
     logs = []
     for _ in range(3):
-        directory, ports = tmp_path_factory.mktemp("weed"), _free_port_pairs(5)
+        directory, ports = new_directory(), _free_port_pairs(5)
         server = S3Process(directory, ports, _start_weed(directory, ports))
         if _first_write_succeeds(server.facts, server.process):
             return server

@@ -1,11 +1,15 @@
 """Fixtures of the storage room: every test of a store runs on a directory and on a real S3 server."""
 
+import importlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from fault_proxy import FaultProxy
 from safetensors.numpy import save_file
 
 from infra.manifests import WEIGHTS_FILE, AdapterFacts, AdapterRecord, BaseIdentity
@@ -77,3 +81,31 @@ def publish(adapter_dir: Callable[..., Path], facts: AdapterFacts) -> Callable[.
         return registry.publish_adapter("colour", adapter_dir(seed), facts.model_copy(update={"seed": seed}))
 
     return make
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Factory (name) -> that module of tests/bench/registry_parts, which the benchmark runs at full length."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    return lambda name: importlib.import_module(f"registry_parts.{name}")
+
+
+@pytest.fixture
+def crew(parts: Callable[[str], ModuleType], tmp_path: Path) -> Iterator[Any]:
+    """Publishers in processes of their own."""
+    with parts("crew").Crew(tmp_path / "crew") as crew:
+        yield crew
+
+
+@pytest.fixture
+def proxy(settings: Settings) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server of a test that takes no local store; without faults until told."""
+    assert settings.s3_endpoint_url is not None
+    with FaultProxy(settings.s3_endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty(settings: Settings, proxy: FaultProxy) -> Registry:
+    """The test's registry as seen through the proxy."""
+    return Registry(open_store(settings=settings.model_copy(update={"s3_endpoint_url": proxy.url})))

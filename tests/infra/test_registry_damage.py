@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from infra.manifests import (
     seal,
 )
 from infra.registry import Registry
-from infra.storage import Listed, Store
+from infra.storage import Store
 
 AdapterDir = Callable[..., Path]
 Publish = Callable[..., AdapterRecord]
@@ -33,68 +32,18 @@ def overwrite(store: Store, path: str, data: bytes) -> None:
     store.create(path, data)
 
 
-class Breaking(Store):
-    """A real store whose connection breaks at the n-th write: before it is done, or after, when its reply is lost."""
-
-    def __init__(self, store: Store, breaks_at: int, *, after: bool) -> None:
-        self.inner, self.url, self.left, self.after = store, store.url, breaks_at, after
-
-    def _write(self, method: str, *arguments, **options) -> None:
-        self.left -= 1
-        if self.left == 0 and not self.after:
-            raise StoreUnreachableError("cut")
-        getattr(self.inner, method)(*arguments, **options)
-        if self.left == 0:
-            raise StoreUnreachableError("reply lost")
-
-    def create(self, path: str, data: bytes) -> None:
-        self._write("create", path, data)
-
-    def replace(self, path: str, data: bytes, etag: str) -> None:
-        self._write("replace", path, data, etag)
-
-    def upload(self, path: str, source: Path, **options) -> None:
-        self._write("upload", path, source, **options)
-
-    def delete(self, path: str) -> None:
-        self._write("delete", path)
-
-    def read(self, path: str) -> bytes:
-        return self.inner.read(path)
-
-    def read_tagged(self, path: str) -> tuple[bytes, str]:
-        return self.inner.read_tagged(path)
-
-    def head(self, path: str) -> str | None:
-        return self.inner.head(path)
-
-    def folders(self, prefix: str) -> list[str]:
-        return self.inner.folders(prefix)
-
-    def listing(self, prefix: str) -> list[Listed]:
-        return self.inner.listing(prefix)
-
-    def list(self, prefix: str) -> list[str]:
-        return self.inner.list(prefix)
-
-    def abort_uploads(self, before: datetime) -> int:
-        return self.inner.abort_uploads(before)
-
-    def download(self, path: str, target: Path) -> None:
-        self.inner.download(path, target)
-
-
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("fault", ["cut", "lost"])
 def test_a_publish_cut_at_any_write_is_invisible_or_whole_and_can_be_repeated(
-    registry: Registry, publish: Publish, tmp_path: Path, after: bool
+    registry: Registry, publish: Publish, parts, tmp_path: Path, fault: str
 ):
+    faults = parts("faulty_store")
     expected, breaks_at, cuts = 0, 0, 0
     while True:
         breaks_at += 1
-        breaking = Breaking(registry.store, breaks_at, after=after)
+        breaking = faults.NthWrite(breaks_at, fault)
         seed = 100 + breaks_at
         try:
-            publish(Registry(breaking), seed)
+            publish(Registry(faults.FaultyStore(registry.store, breaking)), seed)
         except StoreUnreachableError:
             cuts += 1
         visible = registry.versions("colour", "adapter") if registry.names("adapter") else []
