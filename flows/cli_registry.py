@@ -22,8 +22,8 @@ registry_app = typer.Typer(
 
 
 def register(app: typer.Typer) -> None:
-    # Adds its commands to the same group.
-    from flows import cli_lifecycle  # noqa: F401
+    # They add their commands to the same group.
+    from flows import cli_gc, cli_lifecycle  # noqa: F401
 
     app.add_typer(registry_app, name="registry")
 

@@ -29,6 +29,10 @@ class ModelStore(Store):
         for write in late:
             write()
 
+    def catch_up(self) -> None:
+        """Set the clock to the latest stamp, if it was turned back."""
+        self.now = max([self.now, *(stamp for _, stamp in self._objects.values())])
+
     def read(self, path: str) -> bytes:
         if path not in self._objects:
             raise ObjectMissingError(path)
