@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.transfer_bar import transfer_bar
+
 if TYPE_CHECKING:
     from infra.manifests import AliasEntry, Kind, Record
     from infra.registry import Registry
@@ -149,7 +151,12 @@ def export(
     from workers.bundles import find_record
 
     registry, record = find_record(ref, _settings(store), _kind(adapter))
-    typer.echo(f"{record.ref} is in {write(registry, record, directory)}")
+    adapters = [record] if record.kind == "adapter" else registry.adapters_of(record).values()
+    total = sum(file.size for adapter in adapters for file in adapter.files)
+    with transfer_bar("Fetching") as moved:
+        registry.store.on_bytes = lambda more: moved(more, total)
+        written = write(registry, record, directory)
+    typer.echo(f"{record.ref} is in {written}")
 
 
 def _rows(registry: "Registry") -> list[tuple[str, ...]]:

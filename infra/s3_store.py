@@ -34,6 +34,8 @@ MAX_COLLISIONS = 8
 class S3Store(Store):
     """s3://bucket/prefix with the endpoint and keys of the settings, else those of the AWS environment."""
 
+    parallel = 16
+
     def __init__(self, url: str, settings: Settings) -> None:
         self._client = S3Client(url, settings)
         self.url = self._client.url
