@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import ClientError
 from botocore.exceptions import BotoCoreError
+from botocore.parsers import ResponseParserError
 from fsspec.exceptions import FSTimeoutError
 from s3fs import S3FileSystem
 
@@ -142,7 +143,15 @@ class S3Client:
             yield
         except StoreError:
             raise
-        except (BotoCoreError, ClientError, FSTimeoutError, ConnectionError, TimeoutError) as error:
+        # A reply that ends in its middle is an error of aiohttp in a body, and one of the parser in anything else.
+        except (
+            BotoCoreError,
+            ResponseParserError,
+            ClientError,
+            FSTimeoutError,
+            ConnectionError,
+            TimeoutError,
+        ) as error:
             raise self._unreachable(where, type(error).__name__) from error
         except OSError as error:
             code = _code(error)

@@ -1,5 +1,6 @@
 """Files to and from stores: whole, never whole in memory, never sent twice, create-only."""
 
+import asyncio
 import os
 import secrets
 import tracemalloc
@@ -16,7 +17,10 @@ from aiobotocore.response import AioStreamingBody as StreamingBody
 import infra.s3_client
 from infra.artifact_files import sha256_of
 from infra.blobs import blob_path, put_blob
+from infra.cache import Cache
 from infra.errors import IntegrityError, ObjectExistsError, StoreUnreachableError
+from infra.manifests import AdapterRecord
+from infra.registry import Registry
 from infra.s3_client import deadline
 from infra.s3_store import S3Store
 from infra.s3_transfers import PART_BYTES, SINGLE_BYTES, measure
@@ -280,6 +284,31 @@ def test_transfers_hold_a_few_parts_in_memory_and_never_the_file(s3_store: S3Sto
         tracemalloc.stop()
     assert peak < size / 2
     assert sha256_of(tmp_path / "copy") == sha256_of(tmp_path / "huge")
+
+
+@pytest.mark.slow
+def test_a_cold_load_fetches_files_and_parts_at_the_same_time(
+    s3_store: S3Store, large_file: Path, tmp_path: Path, publish: Callable[..., AdapterRecord]
+):
+    records = [publish(Registry(s3_store), seed) for seed in range(3)]
+    in_flight, peak = 0, 0
+
+    async def linger(method: str, arguments: dict[str, Any]) -> None:
+        nonlocal in_flight, peak
+        in_flight += 1
+        peak = max(peak, in_flight)
+        await asyncio.sleep(0.05)
+        in_flight -= 1
+
+    with requests_of(s3_store, linger) as sent:
+        Cache(tmp_path / "cache").adapters(s3_store, records)
+    blobs = {file.sha256 for record in records for file in record.files}
+    assert (sent.count("get_object"), peak) == (len(blobs), len(blobs))
+    peak = 0
+    s3_store.upload("large", large_file)
+    with requests_of(s3_store, linger):
+        s3_store.download("large", tmp_path / "copy")
+    assert peak == 3
 
 
 @pytest.mark.slow
