@@ -281,7 +281,7 @@ def test_a_download_goes_on_where_its_connection_broke(s3_store: S3Store, large_
     ranges: list[str] = []
 
     async def broken(self: StreamingBody, amount: int | None = None) -> bytes:
-        if len(ranges) <= 6 and self.tell() >= 3 * MIB:
+        if self.tell() >= MIB:
             raise ConnectionResetError("cut")
         return await read(self, amount)
 
@@ -295,12 +295,14 @@ def test_a_download_goes_on_where_its_connection_broke(s3_store: S3Store, large_
     assert (tmp_path / "copy").read_bytes() == large_file.read_bytes()
     assert sum(moved) == LARGE
     firsts = [int(text[6:].split("-")[0]) for text in ranges if text]
-    assert any(first % PART_BYTES for first in firsts)
+    # more connections than there are tries: whoever gets on is not giving up
+    assert len(firsts) >= LARGE // (2 * MIB)
+    assert len(set(firsts)) == len(firsts)
 
 
 @pytest.mark.slow
 def test_transfers_hold_a_few_parts_in_memory_and_never_the_file(s3_store: S3Store, tmp_path: Path):
-    size = 160 * MIB
+    size = 112 * MIB
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(size)
     tracemalloc.start()
@@ -310,7 +312,7 @@ def test_transfers_hold_a_few_parts_in_memory_and_never_the_file(s3_store: S3Sto
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < size / 2
+    assert peak < 10 * PART_BYTES < size
     assert sha256_of(tmp_path / "copy") == sha256_of(tmp_path / "huge")
 
 
