@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.transfer_bar import transfer_bar
+
 if TYPE_CHECKING:
     from workers.api import GenerationRequest
     from workers.engine_args import EngineArgs
@@ -150,7 +152,8 @@ def _generate_here(args: "EngineArgs", request: "GenerationRequest") -> tuple[by
 
     # Two bars for one image are one too many.
     logging.disable_progress_bar()
-    opened = open_engine(args)
+    with transfer_bar("Fetching adapters") as on_bytes:
+        opened = open_engine(args, on_bytes)
     if request.weights is None and opened.card.defaults.weights is None:
         example = " ".join(f"-w {name}={int(i == 0)}" for i, name in enumerate(opened.basis))
         raise typer.BadParameter(f"this bundle has no default preference: give it, for example {example}")
@@ -177,7 +180,8 @@ def _serve_until_stopped(args: Any, host: str, port: int) -> None:
     from workers.loading import pin
     from workers.serving import deploy, undeploy
 
-    args = pin(args)
+    with transfer_bar("Fetching adapters") as on_bytes:
+        args = pin(args, on_bytes)
     with ray_session():
         url = deploy(args, host=host, port=port)
         stop = threading.Event()

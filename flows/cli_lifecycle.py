@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli_registry import AdapterOption, Ref, StoreOption, kind_of, registry_app, registry_at, settings_at
+from flows.transfer_bar import transfer_bar
 
 if TYPE_CHECKING:
     from infra.manifests import AliasEntry
@@ -154,7 +155,12 @@ def export(
         from workers.exporting import export_kohya as write
     else:
         write = to_directories
-    typer.echo(f"{record.ref} is in {write(registry, record, directory)}")
+    adapters = [record] if record.kind == "adapter" else registry.adapters_of(record).values()
+    total = sum(file.size for adapter in adapters for file in adapter.files)
+    with transfer_bar("Fetching") as moved:
+        registry.store.on_bytes = lambda more: moved(more, total)
+        written = write(registry, record, directory)
+    typer.echo(f"{record.ref} is in {written}")
 
 
 def _report(name: str, alias: str, entry: "AliasEntry") -> None:

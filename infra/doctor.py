@@ -44,7 +44,7 @@ def examine(registry: Registry, on_progress: Callable[[str], None] = lambda _: N
 
 def _versions(registry: Registry, kind: Kind, name: str, sound: set[str]) -> Iterator[Finding]:
     folder = f"{kind}s/{name}/versions"
-    numbers = sorted(int(path.rsplit("/", 1)[-1].removesuffix(".json")) for path in registry.store.list(folder))
+    numbers = sorted(VersionLog(registry.store, AdapterRecord, f"{kind}s/{name}").listed())
     gaps = sorted(set(range(1, (numbers or [0])[-1])) - set(numbers))
     if gaps:
         yield Finding(f"{registry.store.url}/{folder}", f"versions {gaps} are missing: restore them from a copy")

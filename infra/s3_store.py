@@ -34,25 +34,23 @@ MAX_COLLISIONS = 8
 class S3Store(Store):
     """s3://bucket/prefix with the endpoint and keys of the settings, else those of the AWS environment."""
 
+    parallel = 16
+
     def __init__(self, url: str, settings: Settings) -> None:
         self._client = S3Client(url, settings)
         self.url = self._client.url
 
     def read(self, path: str) -> bytes:
-        async def body() -> bytes:
-            answer = await self._client.request("get_object", path)
-            with self._client.errors(path):
-                async with answer["Body"] as stream:
-                    return bytes(await stream.read())
-
-        return self._client.run(insist(body), READ_DEADLINE_S, path)
+        return self.read_tagged(path)[0]
 
     def read_tagged(self, path: str) -> tuple[bytes, str]:
-        # The etag first: should the object change in between, a later `replace` fails and loses nothing.
-        etag = self.head(path)
-        if etag is None:
-            raise ObjectMissingError(f"{self.url}/{path} does not exist")
-        return self.read(path), etag
+        async def get() -> tuple[bytes, str]:
+            answer = await self._client.request("get_object", path)
+            with self._client.errors(path):
+                async with answer["Body"] as body:
+                    return bytes(await body.read()), str(answer["ETag"])
+
+        return self._client.run(insist(get), READ_DEADLINE_S, path)
 
     def create(self, path: str, data: bytes) -> None:
         if not self._put(path, data, IfNoneMatch="*"):

@@ -33,6 +33,8 @@ class Store(ABC):
     """What the registry asks of a store. Every method may raise StoreUnreachableError or StoreAccessError."""
 
     url: str
+    # Requests that are worth making at a time.
+    parallel = 1
     # Told how many more bytes of a file went up or down; called from any thread, so it must be quick and not fail.
     on_bytes: Callable[[int], None] = staticmethod(lambda count: None)
 

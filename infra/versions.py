@@ -19,7 +19,6 @@ from infra.storage import Listed, Store
 
 R = TypeVar("R", bound=Commit)
 MAX_RACES = 1_000
-PARALLEL = 16
 CHECKSUM = "checksum"
 
 
@@ -64,9 +63,12 @@ class VersionLog(Generic[R]):
         return found
 
     def read_all(self) -> list[R]:
-        """Every version, oldest first, several at a time."""
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            return list(pool.map(self.read, range(1, self.latest() + 1)))
+        """Every version, oldest first."""
+        versions = range(1, self.latest() + 1)
+        if self.store.parallel == 1:
+            return [self.read(version) for version in versions]
+        with ThreadPoolExecutor(self.store.parallel) as pool:
+            return list(pool.map(self.read, versions))
 
     def latest(self) -> int:
         """Highest version, 0 for none: found by bisection, as there are no gaps. Needs no listing."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from blend.engine import BlendEngine
 
 DEFAULT_BUNDLE = "sprites@champion"
+Progress = Callable[[int, int], None]
 
 
 class BundleError(InfraError, ValueError):
@@ -47,14 +48,14 @@ def open_bundle(
     settings: Settings | None = None,
     *,
     base: str | None = None,
-    on_bytes: Callable[[int], None] | None = None,
+    on_bytes: Progress | None = None,
 ) -> LoadedBundle:
     """Find a bundle, fetch its adapters into the cache and check its base model.
 
     A name is looked up in the user's store, and only if it does not exist there, among the bundles that come with
     the package. `base`: where the base model lies on this machine, when not where it lay for the publisher.
     A store that cannot be reached is done without where the cache has all that is needed.
-    `on_bytes` is told how many more bytes have come, from any thread.
+    `on_bytes` is told how many more bytes have come, and how many there are in all, from any thread.
     Raises BundleError, RegistryError, StoreError.
     """
     settings = settings or read_settings()
@@ -62,7 +63,8 @@ def open_bundle(
     base_path = verify_base(record, base)
     records = registry.adapters_of(record)
     if on_bytes is not None:
-        registry.store.on_bytes = on_bytes
+        total = sum({file.sha256: file.size for adapter in records.values() for file in adapter.files}.values())
+        registry.store.on_bytes = lambda more: on_bytes(more, total)
     paths = local_cache(settings).adapters(registry.store, list(records.values()))
     return LoadedBundle(record, base_path, dict(zip(records, paths, strict=True)), records)
 

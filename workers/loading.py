@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.settings import Settings, read_settings
-from workers.bundles import LoadedBundle, load_engine, open_bundle, resolve_base
+from workers.bundles import LoadedBundle, Progress, load_engine, open_bundle, resolve_base
 from workers.engine_args import EngineArgs
 from workers.model_card import BasisCard, BundleName, Defaults, Limits, ModelCard
 
@@ -28,18 +28,18 @@ def settings_of(args: EngineArgs) -> Settings:
     return settings.model_copy(update={"store_url": args.store_url}) if args.store_url else settings
 
 
-def pin(args: EngineArgs) -> EngineArgs:
+def pin(args: EngineArgs, on_bytes: Progress | None = None) -> EngineArgs:
     """`args` with the bundle's version written out. Fetches and checks all files, so that errors come early."""
     if args.bundle_ref is not None:
         asked_as = args.asked_as or args.bundle_ref
-        return args.model_copy(update={"bundle": _open(args).record.ref, "asked_as": asked_as})
+        return args.model_copy(update={"bundle": _open(args, on_bytes).record.ref, "asked_as": asked_as})
     resolve_base(str(args.base))
     for path in args.adapters.values():
         adapter_file(path)
     return args
 
 
-def open_engine(args: EngineArgs) -> "Opened":
+def open_engine(args: EngineArgs, on_bytes: Progress | None = None) -> "Opened":
     """Load the engine of `args`. Raises what is wrong with the bundle, the base or an adapter, before any work."""
     import torch
 
@@ -51,7 +51,7 @@ def open_engine(args: EngineArgs) -> "Opened":
     if args.bundle_ref is None:
         engine, card = _open_paths(args, device)
     else:
-        bundle = _open(args)
+        bundle = _open(args, on_bytes)
         engine = load_engine(bundle, device=device, **_engine_options(args))
         card = _card_of_bundle(args, bundle, engine.model)
     # A fast tokenizer cannot be used by two threads at once, and the engine's thread has the original.
@@ -62,8 +62,8 @@ def _engine_options(args: EngineArgs) -> dict[str, Any]:
     return {"max_rows": args.max_rows, "tile_rows": args.tile_rows, "memory_bytes": args.memory_bytes}
 
 
-def _open(args: EngineArgs) -> LoadedBundle:
-    return open_bundle(str(args.bundle_ref), settings_of(args), base=args.base)
+def _open(args: EngineArgs, on_bytes: Progress | None) -> LoadedBundle:
+    return open_bundle(str(args.bundle_ref), settings_of(args), base=args.base, on_bytes=on_bytes)
 
 
 def adapter_file(path: str) -> Path:

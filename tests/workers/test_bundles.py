@@ -3,11 +3,13 @@
 import pickle
 import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
 import blend.sprites
+import infra.s3_client
 from blend.adapters import AdapterError
 from blend.engine import BlendEngine, Sample
 from blend.model import model_hash
@@ -73,6 +75,37 @@ def test_a_bundle_in_s3_is_the_same_as_on_disk(s3_server, tiny_store_url: str, t
         basis: (path / WEIGHTS_FILE).read_bytes()
         for basis, path in open_bundle(BUNDLE, Settings(store_url=tiny_store_url)).adapters.items()
     }
+
+
+@pytest.mark.slow
+def test_a_warm_load_from_s3_asks_for_the_alias_alone_and_none_for_nothing(
+    s3_server, tiny_store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = Settings(
+        store_url=f"s3://{s3_server.bucket}/{tmp_path.name}",
+        s3_endpoint_url=s3_server.endpoint_url,
+        s3_key=s3_server.key,
+        s3_secret=s3_server.secret,
+        cache_dir=tmp_path / "cache",
+    )
+    local, remote = open_store(tiny_store_url), open_store(settings=settings)
+    for path in local.list(""):
+        remote.create(path, local.read(path))
+    asked: list[str] = []
+    # stores of the same settings share one connection pool
+    events = remote._client.fs.s3.meta.events
+    events.register("before-send.s3", lambda request, **_: asked.append(urlsplit(request.url).path), "count")
+    try:
+        cold, cold_requests = open_bundle(BUNDLE, settings), len(asked)
+        asked.clear()
+        warm = open_bundle(BUNDLE, settings)
+    finally:
+        events.unregister("before-send.s3", unique_id="count")
+    assert warm == cold
+    assert [path.rsplit("/", 2)[1:] for path in asked] == [["aliases", "champion.json"]]
+    assert cold_requests > 1
+    monkeypatch.setattr(infra.s3_client, "FIRST_PAUSE_S", 0.01)
+    assert open_bundle(BUNDLE, settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})) == cold
 
 
 def test_bundles_of_the_package_are_found_unless_the_users_store_has_the_name(
