@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
 # What becomes of a request, and what its sender is told.
@@ -68,7 +68,7 @@ class FaultProxy:
     def __init__(self, upstream: str, *, rate: float = 0.0, seed: int = 0, faults: Sequence[str] = FAULTS) -> None:
         self.rate, self.faults = rate, tuple(faults)
         self.rules: list[Rule] = []
-        self.seen: list[Request] = []
+        self.seen: list[Request] = []  # without their bodies
         self.counts: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._guard = threading.Lock()
@@ -138,7 +138,7 @@ class FaultProxy:
         method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
         with self._guard:
             request = Request(len(self.seen) + 1, method, unquote(target.split("?", 1)[0]), head, body)
-            self.seen.append(request)
+            self.seen.append(replace(request, body=b""))
             hit, fault = self._random.random() < self.rate, self._random.choice(self.faults)
             # every rule counts every request it matches
             rule = next((rule for rule in [r for r in self.rules if r.hits(request)]), None)
@@ -213,7 +213,7 @@ class _Wire:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffer = b""
+        self._buffer = bytearray()
 
     def send(self, data: bytes, *, slowly: bool = False) -> None:
         size = -(-len(data) // PIECES) if slowly else len(data)
@@ -272,11 +272,12 @@ class _Wire:
         return self._take(size)
 
     def _take(self, size: int) -> bytes:
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
         return taken
 
     def _fill(self) -> None:
-        data = self._socket.recv(1 << 16)
+        data = self._socket.recv(1 << 18)
         if not data:
             raise EOFError
         self._buffer += data

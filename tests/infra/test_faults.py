@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from fault_proxy import FAULTS, FaultProxy, Request
+from safetensors.numpy import save_file
 
 from infra.doctor import examine
 from infra.errors import IntegrityError, StoreError, StoreUnreachableError
-from infra.manifests import WEIGHTS_FILE, AdapterRecord
+from infra.manifests import WEIGHTS_FILE, AdapterFacts, AdapterRecord
 from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage import Store
@@ -20,6 +23,7 @@ on_s3 = pytest.mark.parametrize("settings", [pytest.param("s3", marks=pytest.mar
 # tests/bench/registry.py does 500
 LOCAL_OPERATIONS, S3_OPERATIONS = 80, 25
 RATE = 0.1
+LARGE = 21 << 20
 
 
 def write(part: str) -> Matches:
@@ -135,6 +139,33 @@ def test_a_download_that_fails_is_the_lines_fault_and_never_called_damage(
     assert not isinstance(caught.value, IntegrityError)
     assert list(tmp_path.glob("*again*")) == []
     assert (fetched / WEIGHTS_FILE).exists()
+
+
+@on_s3
+def test_large_files_go_up_and_come_down_whole(
+    registry: Registry, faulty: Registry, proxy: FaultProxy, facts: AdapterFacts, tmp_path: Path
+):
+    """Large enough to be sent in parts, each of which meets faults of its own."""
+    directory = tmp_path / "large"
+    directory.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, size=(64, LARGE // 64), dtype=np.uint8)
+    save_file({"unet.block.to_q.lora_A.weight": noise.view(np.float32)}, directory / WEIGHTS_FILE)
+    proxy.rate = 2 * RATE
+    records = [repeated(lambda: faulty.publish_adapter("colour", directory, facts)) for _ in range(2)]
+    fetched = repeated(lambda: faulty.fetch(records[0], tmp_path / "fetched"))
+    assert (fetched / WEIGHTS_FILE).read_bytes() == (directory / WEIGHTS_FILE).read_bytes()
+    assert registry.versions("colour", "adapter") == [records[0]] == [records[1]]
+    assert proxy.injected >= 3
+    assert examine(registry) == []
+
+
+def repeated(operation: Callable[[], Any]) -> Any:
+    for _ in range(20):
+        try:
+            return operation()
+        except StoreError:
+            continue
+    raise AssertionError("failed twenty times in a row")
 
 
 @on_s3
