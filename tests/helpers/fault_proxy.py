@@ -28,9 +28,15 @@ FAULTS = (
     "cut-reply",  # done, but the connection is closed in the middle of the reply
     "slow",  # done and told, in small pieces
 )
+# Only by a rule: S3 says it to writers that meet, and to no one else.
+COLLISION = "error-409"
 PIECES, PIECE_S = 5, 0.01
 LATEST_S = 0.3
-_ERRORS = {"500": ("InternalError", "We encountered an internal error."), "503": ("SlowDown", "Please slow down.")}
+_ERRORS = {
+    "409": ("ConditionalRequestConflict", "The conditional request cannot succeed due to a conflicting operation."),
+    "500": ("InternalError", "We encountered an internal error."),
+    "503": ("SlowDown", "Please slow down."),
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ class FaultProxy:
 
     def inject(self, fault: str, matches: Callable[[Request], bool], **options: object) -> Rule:
         """Add a rule; see Rule for the options."""
-        if fault not in FAULTS:
-            raise ValueError(f"fault {fault!r} is unknown: choose one of {FAULTS}")
+        if fault not in (*FAULTS, COLLISION):
+            raise ValueError(f"fault {fault!r} is unknown: choose one of {(*FAULTS, COLLISION)}")
         rule = Rule(fault, matches, **options)
         self.rules.append(rule)
         return rule
@@ -154,7 +160,7 @@ class FaultProxy:
 def _deal(fault: str | None, request: Request, client: _Wire, server: _Wire, connect: Callable[[], _Wire]) -> bool:
     """Pass one request on, with a fault or without; False when the connection is done for."""
     whole = request.head + request.body
-    if fault in ("error-500", "error-503"):
+    if fault in ("error-500", "error-503", COLLISION):
         client.send(_error(fault[-3:], request.method))
         return True
     if fault == "late":

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fault_proxy import FAULTS, FaultProxy, Request
+from fault_proxy import COLLISION, FAULTS, FaultProxy, Request
 from safetensors.numpy import save_file
 
 from infra.doctor import examine
@@ -21,7 +21,7 @@ Matches = Callable[[Request], bool]
 
 on_s3 = pytest.mark.parametrize("settings", [pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 # tests/bench/registry.py does 500
-LOCAL_OPERATIONS, S3_OPERATIONS = 80, 25
+LOCAL_OPERATIONS, S3_OPERATIONS = 60, 20
 RATE = 0.1
 LARGE = 21 << 20
 
@@ -84,7 +84,7 @@ def test_a_reply_that_is_lost_after_a_write_is_success_and_no_second_write(
 
 
 @on_s3
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, COLLISION])
 def test_whatever_happens_to_a_commit_it_takes_place_once(
     registry: Registry, faulty: Registry, proxy: FaultProxy, publish: Publish, fault: str
 ):
@@ -121,7 +121,7 @@ def test_a_commit_of_which_no_reply_ever_comes_is_a_typed_error_and_counts(
 
 
 @on_s3
-@pytest.mark.parametrize("fault", ["cut-reply", "swallow", "masked", "error-503", "slow"])
+@pytest.mark.parametrize("fault", ["cut-reply", "swallow", "masked"])
 def test_a_download_that_fails_is_the_lines_fault_and_never_called_damage(
     registry: Registry, faulty: Registry, proxy: FaultProxy, publish: Publish, tmp_path: Path, fault: str
 ):
@@ -131,9 +131,6 @@ def test_a_download_that_fails_is_the_lines_fault_and_never_called_damage(
     fetched = faulty.fetch(record, tmp_path / "fetched")
     assert sorted(path.name for path in fetched.iterdir()) == sorted(file.path for file in record.files)
     proxy.inject(fault, read("/blobs/"), times=1_000)
-    if fault == "slow":
-        faulty.fetch(record, tmp_path / "again")
-        return
     with pytest.raises(StoreError) as caught:
         faulty.fetch(record, tmp_path / "again")
     assert not isinstance(caught.value, IntegrityError)

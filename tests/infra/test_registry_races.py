@@ -12,10 +12,10 @@ from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage import open_store
 
-THREADS, THREAD_ROUNDS = 4, 3
+THREADS, THREAD_ROUNDS = 4, 2
 # tests/bench/registry.py does 40 rounds and 50 kills
 WRITERS, ROUNDS = 16, 2
-KILLS = 4
+KILLS = 3
 
 
 def published(registry: Registry) -> list[tuple[int, int]]:

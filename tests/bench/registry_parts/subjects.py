@@ -43,6 +43,11 @@ def publish(registry: Registry, root: Path, seed: int) -> AdapterRecord:
     return registry.publish_adapter(NAME, write_adapter(root, seed), facts_of(seed))
 
 
+def promote(registry: Registry, record: AdapterRecord) -> None:
+    """Move `champion` to this version, unless it is there."""
+    registry.promote(NAME, record.version, actor="test", reason=f"seed {record.seed}", kind="adapter")
+
+
 def versions(registry: Registry) -> list[AdapterRecord]:
     """All that a reader sees, oldest first; AssertionError where the store holds another set of manifests."""
     records = registry.versions(NAME, "adapter") if NAME in registry.names("adapter") else []
