@@ -78,6 +78,7 @@ class FaultProxy:
         self.counts: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._guard = threading.Lock()
+        self._open: set[_Wire] = set()
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname, parts.port)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -103,11 +104,13 @@ class FaultProxy:
         return rule
 
     def close(self) -> None:
-        """No further connections; those that are open end with their clients."""
+        """End all connections, and take no further ones."""
         # close() alone does not wake the thread that waits in accept()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for wire in list(self._open):
+            wire.wake()
 
     def _listen(self) -> None:
         while True:
@@ -115,7 +118,9 @@ class FaultProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(_Wire(client),), daemon=True).start()
+            wire = _Wire(client)
+            self._open.add(wire)
+            threading.Thread(target=self._serve, args=(wire,), daemon=True).start()
 
     def _serve(self, client: _Wire) -> None:
         """Answer one connection's requests until either side goes away."""
@@ -136,6 +141,7 @@ class FaultProxy:
                         rule.then()
                 if not goes_on:
                     break
+        self._open.discard(client)
         client.reset()
         if server:
             server.reset()
@@ -250,10 +256,14 @@ class _Wire:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
-    def end(self) -> None:
-        """Close in peace: what was sent arrives."""
+    def wake(self) -> None:
+        """Let whoever waits for data know that none will come: what was sent arrives."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Close in peace."""
+        self.wake()
         self._socket.close()
 
     def _chunks(self) -> bytes:

@@ -21,7 +21,7 @@ Matches = Callable[[Request], bool]
 
 on_s3 = pytest.mark.parametrize("settings", [pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 # tests/bench/registry.py does 500
-LOCAL_OPERATIONS, S3_OPERATIONS = 60, 20
+LOCAL_OPERATIONS, S3_OPERATIONS = 60, 15
 RATE = 0.1
 LARGE = 21 << 20
 

@@ -53,6 +53,7 @@ def test_threads_that_publish_the_same_and_other_content_leave_one_gapless_line(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", ["local"], indirect=True)
 def test_processes_that_publish_the_same_content_in_other_orders_leave_one_gapless_line(settings: Settings, crew):
     orders = [list(range(6)), list(range(5, -1, -1)), [*range(3, 6), *range(3)]]
     publishers = [crew.publish(settings, order) for order in orders]

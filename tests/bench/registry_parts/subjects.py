@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from infra.doctor import examine
-from infra.manifests import WEIGHTS_FILE, AdapterFacts, AdapterRecord, BaseIdentity
+from infra.manifests import WEIGHTS_FILE, AdapterFacts, AdapterRecord, AliasEntry, BaseIdentity
 from infra.registry import Registry
 
 NAME = "colour"
@@ -43,9 +43,9 @@ def publish(registry: Registry, root: Path, seed: int) -> AdapterRecord:
     return registry.publish_adapter(NAME, write_adapter(root, seed), facts_of(seed))
 
 
-def promote(registry: Registry, record: AdapterRecord) -> None:
+def promote(registry: Registry, record: AdapterRecord) -> AliasEntry:
     """Move `champion` to this version, unless it is there."""
-    registry.promote(NAME, record.version, actor="test", reason=f"seed {record.seed}", kind="adapter")
+    return registry.promote(NAME, record.version, actor="test", reason=f"seed {record.seed}", kind="adapter")
 
 
 def versions(registry: Registry) -> list[AdapterRecord]:
