@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
 # What becomes of a request, and what its sender is told.
@@ -28,9 +28,15 @@ FAULTS = (
     "cut-reply",  # done, but the connection is closed in the middle of the reply
     "slow",  # done and told, in small pieces
 )
+# Only by a rule: S3 says it to writers that meet, and to no one else.
+COLLISION = "error-409"
 PIECES, PIECE_S = 5, 0.01
 LATEST_S = 0.3
-_ERRORS = {"500": ("InternalError", "We encountered an internal error."), "503": ("SlowDown", "Please slow down.")}
+_ERRORS = {
+    "409": ("ConditionalRequestConflict", "The conditional request cannot succeed due to a conflicting operation."),
+    "500": ("InternalError", "We encountered an internal error."),
+    "503": ("SlowDown", "Please slow down."),
+}
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,11 @@ class FaultProxy:
     def __init__(self, upstream: str, *, rate: float = 0.0, seed: int = 0, faults: Sequence[str] = FAULTS) -> None:
         self.rate, self.faults = rate, tuple(faults)
         self.rules: list[Rule] = []
-        self.seen: list[Request] = []
+        self.seen: list[Request] = []  # without their bodies
         self.counts: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._guard = threading.Lock()
+        self._open: set[_Wire] = set()
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname, parts.port)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -90,18 +97,20 @@ class FaultProxy:
 
     def inject(self, fault: str, matches: Callable[[Request], bool], **options: object) -> Rule:
         """Add a rule; see Rule for the options."""
-        if fault not in FAULTS:
-            raise ValueError(f"fault {fault!r} is unknown: choose one of {FAULTS}")
+        if fault not in (*FAULTS, COLLISION):
+            raise ValueError(f"fault {fault!r} is unknown: choose one of {(*FAULTS, COLLISION)}")
         rule = Rule(fault, matches, **options)
         self.rules.append(rule)
         return rule
 
     def close(self) -> None:
-        """No further connections; those that are open end with their clients."""
+        """End all connections, and take no further ones."""
         # close() alone does not wake the thread that waits in accept()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for wire in list(self._open):
+            wire.wake()
 
     def _listen(self) -> None:
         while True:
@@ -109,7 +118,9 @@ class FaultProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(_Wire(client),), daemon=True).start()
+            wire = _Wire(client)
+            self._open.add(wire)
+            threading.Thread(target=self._serve, args=(wire,), daemon=True).start()
 
     def _serve(self, client: _Wire) -> None:
         """Answer one connection's requests until either side goes away."""
@@ -130,6 +141,7 @@ class FaultProxy:
                         rule.then()
                 if not goes_on:
                     break
+        self._open.discard(client)
         client.reset()
         if server:
             server.reset()
@@ -138,7 +150,7 @@ class FaultProxy:
         method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
         with self._guard:
             request = Request(len(self.seen) + 1, method, unquote(target.split("?", 1)[0]), head, body)
-            self.seen.append(request)
+            self.seen.append(replace(request, body=b""))
             hit, fault = self._random.random() < self.rate, self._random.choice(self.faults)
             # every rule counts every request it matches
             rule = next((rule for rule in [r for r in self.rules if r.hits(request)]), None)
@@ -154,7 +166,7 @@ class FaultProxy:
 def _deal(fault: str | None, request: Request, client: _Wire, server: _Wire, connect: Callable[[], _Wire]) -> bool:
     """Pass one request on, with a fault or without; False when the connection is done for."""
     whole = request.head + request.body
-    if fault in ("error-500", "error-503"):
+    if fault in ("error-500", "error-503", COLLISION):
         client.send(_error(fault[-3:], request.method))
         return True
     if fault == "late":
@@ -213,7 +225,7 @@ class _Wire:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffer = b""
+        self._buffer = bytearray()
 
     def send(self, data: bytes, *, slowly: bool = False) -> None:
         size = -(-len(data) // PIECES) if slowly else len(data)
@@ -244,10 +256,14 @@ class _Wire:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
-    def end(self) -> None:
-        """Close in peace: what was sent arrives."""
+    def wake(self) -> None:
+        """Let whoever waits for data know that none will come: what was sent arrives."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Close in peace."""
+        self.wake()
         self._socket.close()
 
     def _chunks(self) -> bytes:
@@ -272,11 +288,12 @@ class _Wire:
         return self._take(size)
 
     def _take(self, size: int) -> bytes:
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
         return taken
 
     def _fill(self) -> None:
-        data = self._socket.recv(1 << 16)
+        data = self._socket.recv(1 << 18)
         if not data:
             raise EOFError
         self._buffer += data

@@ -16,8 +16,9 @@ from infra.storage import open_store
 
 pytestmark = pytest.mark.slow
 TOMORROW = timedelta(days=2)
-# hold, weights, card, note of the content, manifest, release of the hold: each cut half way, and after it was done
-CUTS_ON_THE_LINE = 12
+# hold, weights, card, note of the content, manifest, release of the hold, last move filed, alias: each cut half way and
+# after it was done
+CUTS_ON_THE_LINE = 16
 
 
 def collect_orphans(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fault_proxy import FAULTS, FaultProxy, Request
+from fault_proxy import COLLISION, FAULTS, FaultProxy, Request
 
 BODY = b"0123456789" * 20
 Put = tuple[str, bytes]
@@ -22,6 +22,7 @@ EFFECTS: dict[str, tuple[int | None, bool]] = {
     "masked": (500, True),
     "cut-reply": (None, True),
     "slow": (200, True),
+    COLLISION: (409, False),
 }
 
 
@@ -79,7 +80,7 @@ def put(proxy: FaultProxy, path: str = "/object") -> tuple[int, bytes] | None:
         connection.close()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, COLLISION])
 def test_each_fault_is_what_it_is_called(upstream: str, kept: list[Put], fault: str):
     status, done = EFFECTS[fault]
     with FaultProxy(upstream) as proxy:

@@ -49,9 +49,9 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def publish(self, settings: Settings, seeds: list[int], *, die_at: int = 0) -> "Member":
+    def publish(self, settings: Settings, seeds: list[int], *, die_at: int = 0, promote: bool = False) -> "Member":
         """Start a publisher of these seeds; with `die_at`, it kills itself at the nth thing it asks of its disk."""
-        return self._start("publish", settings, {"seeds": seeds, "die_at": die_at})[0]
+        return self._start("publish", settings, {"seeds": seeds, "die_at": die_at, "promote": promote})[0]
 
     def race(self, settings: Settings, writers: int, rounds: int) -> list["Member"]:
         """Start writers that publish and promote the same, round by round, at the same time."""
@@ -105,7 +105,7 @@ def _paths() -> Iterator[str]:
 
 
 def publish_task(order: dict[str, Any], say: Callable[..., None]) -> None:
-    from registry_parts.subjects import publish
+    from registry_parts.subjects import promote, publish
 
     settings = Settings(**order["settings"])
     registry = Registry(open_store(settings=settings))
@@ -115,6 +115,8 @@ def publish_task(order: dict[str, Any], say: Callable[..., None]) -> None:
         say(begins=seed, at=time.monotonic())
         record = publish(registry, Path(order["folder"]), seed)
         say(seed=seed, version=record.version, at=time.monotonic())
+        if order["promote"]:
+            promote(registry, record)
 
 
 def race_task(order: dict[str, Any], say: Callable[..., None], writer: int, meet: Callable[[], Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from infra.doctor import examine
-from infra.manifests import WEIGHTS_FILE, AdapterFacts, AdapterRecord, BaseIdentity
+from infra.manifests import WEIGHTS_FILE, AdapterFacts, AdapterRecord, AliasEntry, BaseIdentity
 from infra.registry import Registry
 
 NAME = "colour"
@@ -41,6 +41,11 @@ def facts_of(seed: int) -> AdapterFacts:
 def publish(registry: Registry, root: Path, seed: int) -> AdapterRecord:
     """Publish the adapter of this seed, written anew below `root`: the seed stands for the content."""
     return registry.publish_adapter(NAME, write_adapter(root, seed), facts_of(seed))
+
+
+def promote(registry: Registry, record: AdapterRecord) -> AliasEntry:
+    """Move `champion` to this version, unless it is there."""
+    return registry.promote(NAME, record.version, actor="test", reason=f"seed {record.seed}", kind="adapter")
 
 
 def versions(registry: Registry) -> list[AdapterRecord]:
