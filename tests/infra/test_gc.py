@@ -5,14 +5,14 @@ import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from stored_blobs import blobs, orphan
 
 import infra.gc
 import infra.intents
-from infra.blobs import blob_path, put_blob
+from infra.blobs import blob_path
 from infra.doctor import examine
 from infra.errors import IntegrityError, ReadOnlyError, RegistryError, SchemaError, StoreError
 from infra.gc import GRACE, GcReport, collect, collecting
@@ -21,17 +21,10 @@ from infra.local_store import LocalStore
 from infra.manifests import SCHEMA_VERSION, WEIGHTS_FILE, AdapterRecord, seal
 from infra.registry import Registry
 from infra.s3_store import S3Store
-from infra.storage import Listed, Store, open_store
+from infra.storage import Listed, open_store
 
 Publish = Callable[..., AdapterRecord]
 TOMORROW = datetime.now(UTC) + timedelta(days=2)
-
-
-def orphan(store: Store, data: bytes) -> str:
-    """A blob that no manifest names, as an upload leaves it that was cut short; returns its hash."""
-    digest = sha256(data).hexdigest()
-    put_blob(store, digest, data)
-    return digest
 
 
 def counts(report: GcReport) -> tuple[int, int, int, int, int, int]:
@@ -44,10 +37,6 @@ def counts(report: GcReport) -> tuple[int, int, int, int, int, int]:
         len(report.removed),
         report.aborted_uploads,
     )
-
-
-def blobs(store: Store) -> set[str]:
-    return {path.rsplit("/", 1)[-1] for path in store.list("blobs")}
 
 
 def named(*records: AdapterRecord) -> set[str]:
