@@ -20,6 +20,8 @@ class ModelStore(Store):
     def __init__(self) -> None:
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
         self.losing = False
+        # last parts of paths that were asked to be deleted
+        self.deleted: builtins.list[str] = []
         self._objects: dict[str, tuple[bytes, datetime]] = {}
         self._late: builtins.list[Callable[[], object]] = []
 
@@ -70,6 +72,7 @@ class ModelStore(Store):
         return [listed.path for listed in self.listing(prefix)]
 
     def delete(self, path: str) -> None:
+        self.deleted.append(path.rsplit("/", 1)[-1])
         self._write(lambda: self._objects.pop(path, None))
 
     def abort_uploads(self, before: datetime) -> int:

@@ -15,6 +15,7 @@ from infra.errors import (
     StoreUnreachableError,
 )
 from infra.manifests import (
+    SCHEMA_VERSION,
     WEIGHTS_FILE,
     AdapterFacts,
     AdapterRecord,
@@ -127,8 +128,8 @@ def test_a_newer_schema_asks_for_an_upgrade(registry: Registry, publish: Publish
     publish(registry)
     path = "adapters/colour/versions/000001.json"
     fields = json.loads(registry.store.read(path))
-    overwrite(registry.store, path, seal(fields | {"schema_version": 2, "new_field": {}}))
-    with pytest.raises(SchemaError, match=r"000001\.json has schema version 2.*reads up to 1: upgrade"):
+    overwrite(registry.store, path, seal(fields | {"schema_version": SCHEMA_VERSION + 1, "new_field": {}}))
+    with pytest.raises(SchemaError, match=r"000001\.json has schema version 3.*reads up to 1: upgrade"):
         registry.get_adapter("colour")
 
 
