@@ -50,8 +50,8 @@ def promote(registry: Registry, record: AdapterRecord) -> AliasEntry:
 
 def versions(registry: Registry) -> list[AdapterRecord]:
     """All that a reader sees, oldest first; AssertionError where the store holds another set of manifests."""
-    records = registry.versions(NAME, "adapter") if NAME in registry.names("adapter") else []
-    assert all(isinstance(record, AdapterRecord) for record in records)
+    found = registry.versions(NAME, "adapter") if NAME in registry.names("adapter") else []
+    records = [record for record in found if isinstance(record, AdapterRecord)]
     assert [record.version for record in records] == list(range(1, len(records) + 1))
     listed = registry.store.list(f"adapters/{NAME}/versions")
     assert listed == [f"adapters/{NAME}/versions/{record.version:06d}.json" for record in records]
