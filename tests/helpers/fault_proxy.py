@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 # What becomes of a request, and what its sender is told.
@@ -95,7 +96,7 @@ class FaultProxy:
     def injected(self) -> int:
         return sum(self.counts.values())
 
-    def inject(self, fault: str, matches: Callable[[Request], bool], **options: object) -> Rule:
+    def inject(self, fault: str, matches: Callable[[Request], bool], **options: Any) -> Rule:
         """Add a rule; see Rule for the options."""
         if fault not in (*FAULTS, COLLISION):
             raise ValueError(f"fault {fault!r} is unknown: choose one of {(*FAULTS, COLLISION)}")

@@ -17,6 +17,7 @@ from infra.registry import Registry
 from infra.settings import Settings
 from infra.storage import Store, open_store
 
+BENCH = Path(__file__).parents[1] / "bench"
 BASE = BaseIdentity(source="sprites", sha256="ab" * 32)
 
 
@@ -86,14 +87,17 @@ def publish(adapter_dir: Callable[..., Path], facts: AdapterFacts) -> Callable[.
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Factory (name) -> that module of tests/bench/registry_parts, which the benchmark runs at full length."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    monkeypatch.syspath_prepend(BENCH)
     return lambda name: importlib.import_module(f"registry_parts.{name}")
 
 
-@pytest.fixture
-def crew(parts: Callable[[str], ModuleType], tmp_path: Path) -> Iterator[Any]:
+@pytest.fixture(scope="session")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Publishers in processes of their own."""
-    with parts("crew").Crew(tmp_path / "crew") as crew:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        module = importlib.import_module("registry_parts.crew")
+    with module.Crew(tmp_path_factory.mktemp("crew")) as crew:
         yield crew
 
 

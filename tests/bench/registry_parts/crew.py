@@ -93,7 +93,7 @@ class Member:
 
     def wait(self) -> int:
         """Its exit code, -9 when it was killed."""
-        return self.crew.ask({"wait": self.pid})
+        return int(self.crew.ask({"wait": self.pid}))
 
 
 def _paths() -> Iterator[str]:
@@ -163,7 +163,11 @@ def _die_at(moment: int, root: str) -> None:
 @contextmanager
 def _saying(path: str) -> Iterator[Callable[..., None]]:
     with open(path, "ab", buffering=0) as told:
-        yield lambda **facts: told.write(json.dumps(facts).encode() + b"\n")
+
+        def say(**facts: Any) -> None:
+            told.write(json.dumps(facts).encode() + b"\n")
+
+        yield say
 
 
 def _fork(task: Callable[[Callable[..., None]], None], told: str) -> int:

@@ -4,12 +4,14 @@ import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from registry_parts.subjects import BASE, NAME, Outcome, publish
+from registry_parts.subjects import BASE, NAME, Outcome, publish, versions
 
 from infra.errors import StoreError
 from infra.registry import Registry
 
+T = TypeVar("T")
 MAX_REPEATS = 40
 BUNDLE = "sprites"
 # How often each comes up; the first two publish.
@@ -42,7 +44,7 @@ class Operator:
         bundles = honest.versions(BUNDLE) if self.bundles else []
         outcome.lost += len(set(self.bundles.values()) - {bundle.version for bundle in bundles})
         outcome.duplicated += len(bundles) - len({bundle.content_sha256 for bundle in bundles})
-        seen = {record.seed: record.version for record in honest.versions(NAME, "adapter")}
+        seen = {record.seed: record.version for record in versions(honest)}
         if seen != self.versions:
             outcome.wrong.append(f"told {self.versions}, there is {seen}")
         moved = [entry.version for entry in honest.history(NAME, kind="adapter")]
@@ -88,7 +90,7 @@ class Operator:
 
         self._repeat(fetch)
 
-    def _repeat(self, operation):
+    def _repeat(self, operation: Callable[[], T]) -> T:
         """What its user does on a StoreError: the same again. Any other error goes through."""
         for _ in range(MAX_REPEATS):
             try:

@@ -13,7 +13,7 @@ WRITES = ("create", "replace", "upload", "delete")
 Decide = Callable[[str, str], str | None]
 
 
-class FaultyStore(Store):
+class _Faulty(Store):
     """Every method of `inner`, with the faults that `decide` asks for."""
 
     def __init__(self, inner: Store, decide: Decide) -> None:
@@ -21,7 +21,7 @@ class FaultyStore(Store):
 
 
 def _breaking(method: str) -> Callable[..., Any]:
-    def call(self: FaultyStore, path: Any = "", *arguments: Any, **options: Any) -> Any:
+    def call(self: _Faulty, path: Any = "", *arguments: Any, **options: Any) -> Any:
         fault = self.decide(method, path)
         if fault == "cut":
             raise StoreUnreachableError(f"{method} {path}: cut")
@@ -33,9 +33,10 @@ def _breaking(method: str) -> Callable[..., Any]:
     return call
 
 
-for _method in Store.__abstractmethods__:
-    setattr(FaultyStore, _method, _breaking(_method))
-FaultyStore.__abstractmethods__ = frozenset()
+# Made so, it goes on standing for the whole of Store when that grows.
+FaultyStore: Callable[[Store, Decide], Store] = type(
+    "FaultyStore", (_Faulty,), {method: _breaking(method) for method in Store.__abstractmethods__}
+)
 
 
 class NthWrite:
