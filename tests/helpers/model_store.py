@@ -13,13 +13,13 @@ from infra.storage import Listed, Store
 
 
 class ModelStore(Store):
-    """Stamps objects by `now`. A write while `losing` fails without an answer, and is done when it `arrive`s."""
+    """Stamps objects by `now`. The write after the next `losing` ones gets no answer; it is done when it `arrive`s."""
 
     url = "memory://"
 
     def __init__(self) -> None:
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
-        self.losing = False
+        self.losing: int | None = None
         self._objects: dict[str, tuple[bytes, datetime]] = {}
         self._late: builtins.list[Callable[[], object]] = []
 
@@ -78,8 +78,10 @@ class ModelStore(Store):
         target.write_bytes(self.read(path))
 
     def _write(self, write: Callable[[], object]) -> None:
-        if self.losing:
-            self.losing = False
+        if self.losing is not None:
+            self.losing -= 1
+        if self.losing == -1:
+            self.losing = None
             self._late.append(write)
             raise StoreUnreachableError("no answer")
         write()
