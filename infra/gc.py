@@ -85,6 +85,7 @@ def collecting(
     """The steps of `collect`."""
     on_progress("listing blobs")
     others = set(store.list(INTENTS))
+    yield 0.0
     stamp = (yield from _ask_time(store)) if delete else datetime.now(UTC)
     now = now or stamp
     holds = yield from _living(store, stamp, bury=delete)
@@ -165,6 +166,7 @@ def _ask_time(store: Store) -> Steps[datetime]:
     stamps = [listed.modified for listed in store.listing(INTENTS) if listed.path == note]
     yield 0.0
     store.delete(note)
+    yield 0.0
     if not stamps:
         raise _lists_late(store)
     return stamps[0]
@@ -172,19 +174,20 @@ def _ask_time(store: Store) -> Steps[datetime]:
 
 def _living(store: Store, now: datetime, *, bury: bool) -> Steps[list[str]]:
     """Holds of publishers who may be alive; with `bury`, the others' are removed. `now`: by the store's clock."""
-    yield 0.0
     holds = store.listing(HOLDS)
     dead = {hold.path for hold in holds if now - hold.modified > HOLD_LIFETIME}
     for path in sorted(dead) if bury else ():
         yield 0.0
         store.delete(path)
+    yield 0.0
     return [hold.path for hold in holds if hold.path not in dead]
 
 
 def _remove(store: Store, orphans: Sequence[str], marks: Marks, clock: Callable[[], float]) -> Steps[list[str]]:
     """Delete those that are orphans still once the intent to do so can be seen; returns which."""
-    started = clock()
     removed: list[str] = []
+    yield 0.0
+    started = clock()
     intent = write_note(store, INTENTS, orphans)
     yield 0.0
     try:

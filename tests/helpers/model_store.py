@@ -13,15 +13,13 @@ from infra.storage import Listed, Store
 
 
 class ModelStore(Store):
-    """Stamps objects by `now`. A write while `losing` fails without an answer, and is done when it `arrive`s."""
+    """Stamps objects by `now`. The write after the next `losing` ones gets no answer; it is done when it `arrive`s."""
 
     url = "memory://"
 
     def __init__(self) -> None:
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
-        self.losing = False
-        # last parts of paths that were asked to be deleted
-        self.deleted: builtins.list[str] = []
+        self.losing: int | None = None
         self._objects: dict[str, tuple[bytes, datetime]] = {}
         self._late: builtins.list[Callable[[], object]] = []
 
@@ -30,10 +28,6 @@ class ModelStore(Store):
         late, self._late = self._late, []
         for write in late:
             write()
-
-    def catch_up(self) -> None:
-        """Set the clock to the latest stamp, if it was turned back."""
-        self.now = max([self.now, *(stamp for _, stamp in self._objects.values())])
 
     def read(self, path: str) -> bytes:
         if path not in self._objects:
@@ -72,7 +66,6 @@ class ModelStore(Store):
         return [listed.path for listed in self.listing(prefix)]
 
     def delete(self, path: str) -> None:
-        self.deleted.append(path.rsplit("/", 1)[-1])
         self._write(lambda: self._objects.pop(path, None))
 
     def abort_uploads(self, before: datetime) -> int:
@@ -85,8 +78,10 @@ class ModelStore(Store):
         target.write_bytes(self.read(path))
 
     def _write(self, write: Callable[[], object]) -> None:
-        if self.losing:
-            self.losing = False
+        if self.losing is not None:
+            self.losing -= 1
+        if self.losing == -1:
+            self.losing = None
             self._late.append(write)
             raise StoreUnreachableError("no answer")
         write()

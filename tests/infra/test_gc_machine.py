@@ -22,18 +22,25 @@ from stored_blobs import blobs, needed, orphan
 from infra.blobs import blob_path
 from infra.errors import StoreError
 from infra.gc import GRACE, GcReport, collecting
-from infra.intents import FOLDER, Steps, StillHeld, holding
+from infra.intents import FOLDER, PATIENCE_S, STOP_AFTER_S, Steps, StillHeld, holding
 from infra.manifests import AdapterFacts, AdapterRecord, BaseIdentity, FileEntry, content_sha256, seal
 from infra.storage import Store
 from infra.versions import VersionLog
 
 EXAMPLES = 300
-STEPS = 30
+STEPS = 12
 # Longest that a request may be under way whose caller has given up, in seconds.
 LATE = 60
 DAY = 90_000
+TIMES = (STOP_AFTER_S - 1, PATIENCE_S + 1, DAY)
 DATA = (b"A", b"B")
-WHICH = st.integers(0, 3)
+PUBLISHERS = (0, 1)
+# Steps of either, if it need not wait.
+MOST = 25
+SLOTS = st.integers(0, 3)
+CONTENTS = st.frozensets(st.sampled_from(DATA), min_size=1)
+# Days by which a collector's clock is ahead; None asks the store.
+AHEAD = st.sampled_from([None, 0, 3, 400])
 # Steps that one takes before others do; the last is to the end, unless that has to be waited for.
 COUNTS = st.sampled_from([1, 2, 3, 4, 6, 9, 14, 40])
 FACTS = AdapterFacts(
@@ -98,56 +105,43 @@ class Machine(RuleBasedStateMachine):
         self.jumping = jumping
         self.store = ModelStore()
         self.seconds = self.since_arrivals = 0.0
-        self.actors: list[Actor] = []
+        self.actors: dict[int, Actor] = {}
         self.promised: set[str] = set()
 
-    @initialize(data=st.frozensets(st.sampled_from(DATA), min_size=1))
+    @initialize(data=CONTENTS)
     def uploads_were_cut_short_long_ago(self, data: frozenset[bytes]) -> None:
         for one in data:
             orphan(self.store, one)
         self.time_goes_by(2 * DAY)
 
-    @precondition(lambda self: len(self.actors) < 4)
-    @rule(data=st.frozensets(st.sampled_from(DATA), min_size=1), count=COUNTS)
-    def publish(self, data: frozenset[bytes], count: int) -> None:
-        self.actors.append(publisher(self.store, data, lambda: self.seconds))
-        self.one_goes_on(-1, count)
-
-    @precondition(lambda self: len(self.actors) < 4)
-    @rule(ahead=st.sampled_from([None, 0, 3, 400]), count=COUNTS)
-    def collect(self, ahead: int | None, count: int) -> None:
-        now = None if ahead is None else self.store.now + timedelta(days=ahead)
-        self.actors.append(Actor(collecting(self.store, now, GRACE, delete=True, clock=lambda: self.seconds)))
-        self.one_goes_on(-1, count)
+    @rule(moves=st.lists(st.tuples(SLOTS, COUNTS), min_size=1, max_size=8), data=CONTENTS, ahead=AHEAD)
+    def some_go_on(self, moves: list[tuple[int, int]], data: frozenset[bytes], ahead: int | None) -> None:
+        """In this order, each by so many steps; who is not there yet begins."""
+        for slot, count in moves:
+            if slot not in self.actors:
+                self.actors[slot] = self.a_publisher(data) if slot in PUBLISHERS else self.a_collector(ahead)
+            for _ in range(count):
+                self.step(slot)
 
     @precondition(lambda self: self.actors)
-    @rule(which=WHICH, count=COUNTS)
-    def one_goes_on(self, which: int, count: int) -> None:
-        actor = self.actors[which % len(self.actors)]
-        while count and actor in self.actors:
-            self.step(actor)
-            count -= 1
+    @rule(slot=SLOTS)
+    def one_dies(self, slot: int) -> None:
+        self.actors.pop(slot, None)
 
     @precondition(lambda self: self.actors)
-    @rule(which=WHICH)
-    def one_dies(self, which: int) -> None:
-        del self.actors[which % len(self.actors)]
-
-    @precondition(lambda self: self.actors)
-    @rule(which=WHICH)
-    def one_gets_no_answer(self, which: int) -> None:
-        """To the first write, within its next steps."""
-        self.store.losing = True
-        actor = self.actors[which % len(self.actors)]
+    @rule(slot=SLOTS, writes=st.integers(0, 3))
+    def one_gets_no_answer(self, slot: int, writes: int) -> None:
+        """After so many writes, should it make them within its next steps."""
+        self.store.losing = writes
         for _ in range(20):
-            if actor in self.actors and self.store.losing:
-                self.step(actor)
-        self.store.losing = False
+            if self.store.losing is not None:
+                self.step(slot)
+        self.store.losing = None
 
-    @rule(seconds=st.sampled_from([130, 310, DAY]))
+    @rule(seconds=st.sampled_from(TIMES))
     def time_goes_by(self, seconds: float) -> None:
         # A publisher is not given a day between its last look at its watch and its commit.
-        if seconds >= DAY and any(actor.committing for actor in self.actors) and not self.jumping:
+        if seconds >= DAY and any(actor.committing for actor in self.actors.values()) and not self.jumping:
             return
         self.since_arrivals += seconds
         if self.since_arrivals >= LATE:
@@ -161,14 +155,22 @@ class Machine(RuleBasedStateMachine):
     def the_stores_clock_jumps(self, days: int) -> None:
         self.store.now += timedelta(days=days)
 
-    def step(self, actor: Actor) -> None:
+    def a_publisher(self, data: frozenset[bytes]) -> Actor:
+        return publisher(self.store, data, lambda: self.seconds)
+
+    def a_collector(self, ahead: int | None) -> Actor:
+        now = None if ahead is None else self.store.now + timedelta(days=ahead)
+        return Actor(collecting(self.store, now, GRACE, delete=True, clock=lambda: self.seconds))
+
+    def step(self, slot: int) -> None:
+        if slot not in self.actors:
+            return
         try:
-            next(actor.steps)
+            next(self.actors[slot].steps)
         except StopIteration:
-            self.promised |= actor.hashes
-            self.actors.remove(actor)
+            self.promised |= self.actors.pop(slot).hashes
         except StoreError:
-            self.actors.remove(actor)
+            del self.actors[slot]
         self.nothing_committed_is_lost()
 
     @invariant()
@@ -178,8 +180,8 @@ class Machine(RuleBasedStateMachine):
 
     def everyone_finishes(self) -> None:
         for _ in range(1000):
-            for actor in tuple(self.actors):
-                self.step(actor)
+            for slot in tuple(self.actors):
+                self.step(slot)
             self.time_goes_by(5)
             if not self.actors:
                 break
@@ -190,9 +192,9 @@ class Machine(RuleBasedStateMachine):
         self.everyone_finishes()
         self.time_goes_by(2 * DAY)
         self.store.now += timedelta(days=20_000)
-        self.collect(None, 0)
+        self.actors = {0: self.a_collector(None)}
         self.everyone_finishes()
-        assert self.promised <= blobs(self.store)
+        self.nothing_committed_is_lost()
         assert blobs(self.store) <= needed(self.store)
         assert self.store.list(FOLDER) == []
 
@@ -203,3 +205,52 @@ def test_whoever_dies_and_whatever_clocks_say_nothing_is_lost_and_orphans_go(jum
         lambda: Machine(jumping),
         settings=hypothesis_settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None),
     )
+
+
+def meet(machine: Machine, slots: tuple[int, int], counts: tuple[int, int], trouble: Callable[[int], None]) -> int:
+    """One goes some steps, the other some, then each to its end; `trouble` is told before whose turn that is.
+
+    Returns how many of the four turns were full: a turn that was not is the same as a shorter one.
+    """
+    machine.uploads_were_cut_short_long_ago(frozenset(DATA[:1]))
+    machine.actors = {0: machine.a_publisher(frozenset(DATA[:1])), 1: machine.a_collector(None)}
+    full = 0
+    for turn, (slot, count) in enumerate(zip(slots * 2, (*counts, MOST, MOST), strict=True)):
+        trouble(turn)
+        for _ in range(count):
+            machine.step(slot)
+        full += slot in machine.actors and full == turn
+    machine.store.losing = None
+    machine.everyone_finishes()
+    machine.time_goes_by(LATE)
+    machine.nothing_committed_is_lost()
+    return full
+
+
+@pytest.mark.parametrize(
+    ("seconds", "writes", "jumping"),
+    [(0, None, False), *((time, None, False) for time in TIMES), (DAY, None, True), (0, 0, False), (0, 1, False)],
+)
+@pytest.mark.parametrize("slots", [(0, 1), (1, 0)], ids=["publisher first", "collector first"])
+def test_in_every_order_of_two_that_meet_nothing_is_lost(
+    slots: tuple[int, int], seconds: float, writes: int | None, jumping: bool
+):
+    """At one turn time goes by, or a write gets no answer."""
+    met = 0
+    for when in (1, 2):
+        for first in range(MOST):
+            for second in range(MOST):
+                machine = Machine(jumping)
+
+                def trouble(turn: int, machine: Machine = machine, when: int = when) -> None:
+                    if turn == when:
+                        machine.time_goes_by(seconds)
+                        machine.store.losing = writes
+
+                full = meet(machine, slots, (first, second), trouble)
+                met += 1
+                if full < 2:
+                    break
+            if full < 1:
+                break
+    assert met > 80
