@@ -12,7 +12,8 @@ from infra.errors import StoreError
 from infra.registry import Registry
 
 T = TypeVar("T")
-MAX_REPEATS = 40
+# A publish is some forty calls of a store: with a tenth of them failing, one in fifty goes through whole.
+MAX_REPEATS = 1_000
 BUNDLE = "sprites"
 # How often each comes up; the first two publish.
 OPERATIONS = {"publish": 5, "bundle": 1, "publish_again": 2, "promote": 2, "fetch": 2}
