@@ -28,11 +28,13 @@ from datetime import timedelta
 from typing import TypeVar
 
 from infra.errors import IntegrityError, ObjectMissingError, StoreError
+from infra.manifests import seal
 from infra.storage import Store
 
 FOLDER = "gc"
 HOLDS = f"{FOLDER}/holds"
 INTENTS = f"{FOLDER}/intents"
+CHECKSUM = "checksum"
 STOP_AFTER_S = 120.0
 PATIENCE_S = 300.0
 # Publishers do not renew their holds: longer than the longest upload.
@@ -72,18 +74,21 @@ def run(steps: Steps[R]) -> R:
 def write_note(store: Store, folder: str, blobs: Iterable[str]) -> str:
     """Write a new hold or intent on these blobs; returns its path."""
     path = f"{folder}/{secrets.token_hex(16)}.json"
-    store.create(path, json.dumps({"blobs": sorted(blobs)}).encode())
+    store.create(path, seal({"blobs": sorted(blobs)}, CHECKSUM))
     return path
 
 
 def read_note(store: Store, path: str) -> frozenset[str]:
     """The blobs that a note names, none when it is gone. Raises IntegrityError for a damaged one."""
     try:
-        blobs = json.loads(store.read(path))["blobs"]
-        return frozenset(map(str, blobs))
+        raw = store.read(path)
+        fields = json.loads(raw)
+        if raw != seal(fields, CHECKSUM):
+            raise ValueError
+        return frozenset(map(str, fields["blobs"]))
     except ObjectMissingError:
         return frozenset()
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise IntegrityError(f"{store.url}/{path} is damaged: delete it while nobody publishes or collects") from None
 
 

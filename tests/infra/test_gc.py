@@ -215,6 +215,16 @@ def test_a_damaged_note_stops_collectors_and_delays_publishers(tmp_path: Path, m
     assert store.list(INTENTS) == []
 
 
+def test_a_flipped_hash_in_a_hold_stops_collectors(tmp_path: Path):
+    store = LocalStore(tmp_path)
+    digest = orphan(store, b"being published")
+    hold = store.root / write_note(store, HOLDS, [digest])
+    hold.write_bytes(hold.read_bytes().replace(digest[:4].encode(), b"0000"))
+    with pytest.raises(IntegrityError, match=r"holds/.*\.json is damaged"):
+        collect(Registry(store), now=TOMORROW, delete=True)
+    assert blobs(store) == {digest}
+
+
 def test_a_dead_collectors_intent_is_outlasted_by_publishers_it_concerns_and_by_collectors(tmp_path: Path):
     store = LocalStore(tmp_path)
     now = [0.0]
