@@ -1,4 +1,4 @@
-"""`diffusion-blend registry ...`: look at what is stored, move aliases, check a store, export adapters."""
+"""`diffusion-blend registry ...`: look at what is stored, move aliases, check and clean a store, export adapters."""
 
 import getpass
 import json
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from flows.cli_gc import gc
 
 if TYPE_CHECKING:
     from infra.manifests import AliasEntry, Kind, Record
@@ -23,11 +25,12 @@ StoreOption = Annotated[
 ]
 
 registry_app = typer.Typer(
-    help="Look at, promote, check and export what is stored.", no_args_is_help=True, rich_markup_mode=None
+    help="Look at, promote, check, clean and export what is stored.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 def register(app: typer.Typer) -> None:
+    registry_app.command("gc")(gc)
     app.add_typer(registry_app, name="registry")
 
 
