@@ -279,6 +279,17 @@ def test_a_publish_that_fails_lets_go_of_its_blobs_unless_it_may_have_happened(t
         assert len(store.list(HOLDS)) == left
 
 
+def test_a_publisher_whose_hold_may_be_taken_for_a_dead_ones_does_not_commit(
+    tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(infra.intents, "HOLD_LIFETIME", timedelta(seconds=-1))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    registry = Registry(LocalStore(tmp_path / "store"))
+    with pytest.raises(StoreError, match="tries took longer than"):
+        publish(registry)
+    assert registry.names("adapter") == registry.store.list(FOLDER) == []
+
+
 def test_publishing_again_brings_back_lost_blobs(registry: Registry, publish: Publish, tmp_path: Path):
     record = publish(registry)
     [weights] = [file.sha256 for file in record.files if file.path == WEIGHTS_FILE]
