@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli_gc import gc
+
 if TYPE_CHECKING:
     from infra.manifests import Kind, Record
     from infra.registry import Registry
@@ -17,14 +19,15 @@ StoreOption = Annotated[
 ]
 
 registry_app = typer.Typer(
-    help="Look at, promote, check and export what is stored.", no_args_is_help=True, rich_markup_mode=None
+    help="Look at, promote, check, clean and export what is stored.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
 def register(app: typer.Typer) -> None:
-    # They add their commands to the same group.
-    from flows import cli_gc, cli_lifecycle  # noqa: F401
+    # It adds its commands to the same group.
+    from flows import cli_lifecycle  # noqa: F401
 
+    registry_app.command("gc")(gc)
     app.add_typer(registry_app, name="registry")
 
 

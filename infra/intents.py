@@ -133,8 +133,8 @@ def holding(
         _release(store, hold)
         yield POLL_S
     raise StoreError(
-        f"{store.url}/{FOLDER} does not keep, or does not list, what is written there: see that nothing else deletes "
-        "from it, then publish again"
+        f"{store.url}/{FOLDER} does not keep, or does not list, what is written there, or {MAX_ROUNDS} tries took "
+        f"longer than {HOLD_LIFETIME / 2} each: see that nothing else deletes from it, then publish again"
     )
 
 

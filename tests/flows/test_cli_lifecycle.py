@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
-from infra.blobs import put_blob
 from infra.registry import Registry
 from infra.storage import open_store
 
@@ -108,23 +106,3 @@ def test_a_lora_that_is_not_there_is_one_clear_line(run: Run, tiny_sd_dir: Path)
     assert code == 2
     assert "no adapter at nowhere" in errors
     assert "Traceback" not in errors
-
-
-def test_gc_shows_orphans_and_removes_them_when_asked(run: Run, store_url: str):
-    registry = Registry(open_store(store_url))
-    digest = sha256(b"cut short").hexdigest()
-    put_blob(registry.store, digest, b"cut short")
-    kept = len(registry.store.list("blobs"))
-    code, output, _ = run("gc")
-    assert (code, "1 unused but young, 0 orphans" in output) == (0, True)
-    code, output, _ = run("gc", "--grace", "0s")
-    assert code == 0
-    assert digest in output
-    assert "Nothing was removed; --delete would free 9 bytes." in output
-    assert len(registry.store.list("blobs")) == kept
-    code, output, _ = run("gc", "--grace", "0s", "--delete")
-    assert (code, "Removed 1 blobs, 9 bytes, and 0 unfinished uploads." in output) == (0, True)
-    assert len(registry.store.list("blobs")) == kept - 1
-    code, _, errors = run("gc", "--grace", "soon")
-    assert code == 2
-    assert "no span of time" in errors

@@ -1,9 +1,10 @@
 """Publishers and collectors, step by step in any order, against a model: what is committed is whole, whoever dies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
+from itertools import product
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -207,15 +208,15 @@ def test_whoever_dies_and_whatever_clocks_say_nothing_is_lost_and_orphans_go(jum
     )
 
 
-def meet(machine: Machine, slots: tuple[int, int], counts: tuple[int, int], trouble: Callable[[int], None]) -> int:
-    """One goes some steps, the other some, then each to its end; `trouble` is told before whose turn that is.
+def meet(machine: Machine, slots: tuple[int, ...], counts: tuple[int, ...], trouble: Callable[[int], None]) -> int:
+    """They take turns of so many steps, the last two to their ends; `trouble` is told which turn is next.
 
-    Returns how many of the four turns were full: a turn that was not is the same as a shorter one.
+    Returns how many turns it took until one had ended before its turn was over: longer turns would be the same.
     """
     machine.uploads_were_cut_short_long_ago(frozenset(DATA[:1]))
     machine.actors = {0: machine.a_publisher(frozenset(DATA[:1])), 1: machine.a_collector(None)}
     full = 0
-    for turn, (slot, count) in enumerate(zip(slots * 2, (*counts, MOST, MOST), strict=True)):
+    for turn, (slot, count) in enumerate(zip(slots, (*counts, MOST, MOST), strict=True)):
         trouble(turn)
         for _ in range(count):
             machine.step(slot)
@@ -227,30 +228,42 @@ def meet(machine: Machine, slots: tuple[int, int], counts: tuple[int, int], trou
     return full
 
 
-@pytest.mark.parametrize(
-    ("seconds", "writes", "jumping"),
-    [(0, None, False), *((time, None, False) for time in TIMES), (DAY, None, True), (0, 0, False), (0, 1, False)],
-)
-@pytest.mark.parametrize("slots", [(0, 1), (1, 0)], ids=["publisher first", "collector first"])
-def test_in_every_order_of_two_that_meet_nothing_is_lost(
-    slots: tuple[int, int], seconds: float, writes: int | None, jumping: bool
+def orders(turns: int, shorten: dict[tuple[int, ...], int]) -> Iterator[tuple[int, ...]]:
+    """Lengths of turns, each to MOST or what `shorten` says of the one that follows such turns."""
+    for counts in product(range(MOST), repeat=turns):
+        if all(counts[turn] <= shorten.get(counts[:turn], MOST) for turn in range(turns)):
+            yield counts
+
+
+TROUBLE = [(time, None, False) for time in TIMES] + [(DAY, None, True), (0, 0, False), (0, 1, False)]
+
+
+@pytest.mark.parametrize(("seconds", "writes", "jumping"), TROUBLE)
+@pytest.mark.parametrize("slots", [(0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0), (1, 0, 0, 1)])
+def test_in_every_order_of_two_that_meet_nothing_is_lost_whatever_happens_at_one_turn(
+    slots: tuple[int, ...], seconds: float, writes: int | None, jumping: bool
 ):
-    """At one turn time goes by, or a write gets no answer."""
-    met = 0
     for when in (1, 2):
-        for first in range(MOST):
-            for second in range(MOST):
-                machine = Machine(jumping)
+        shorten: dict[tuple[int, ...], int] = {}
+        for counts in orders(2, shorten):
+            machine = Machine(jumping)
 
-                def trouble(turn: int, machine: Machine = machine, when: int = when) -> None:
-                    if turn == when:
-                        machine.time_goes_by(seconds)
-                        machine.store.losing = writes
+            def trouble(turn: int, machine: Machine = machine, when: int = when) -> None:
+                if turn == when:
+                    machine.time_goes_by(seconds)
+                    machine.store.losing = writes
 
-                full = meet(machine, slots, (first, second), trouble)
-                met += 1
-                if full < 2:
-                    break
-            if full < 1:
-                break
-    assert met > 80
+            full = meet(machine, slots, counts, trouble)
+            if full < len(counts):
+                shorten[counts[:full]] = counts[full]
+        assert len(shorten) > 2
+
+
+@pytest.mark.parametrize("slots", [(0, 1, 0, 1, 0), (1, 0, 1, 0, 1)])
+def test_in_every_order_of_two_that_meet_twice_nothing_is_lost(slots: tuple[int, ...]):
+    shorten: dict[tuple[int, ...], int] = {}
+    for counts in orders(3, shorten):
+        full = meet(Machine(jumping=False), slots, counts, lambda turn: None)
+        if full < len(counts):
+            shorten[counts[:full]] = counts[full]
+    assert len(shorten) > 20
