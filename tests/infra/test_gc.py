@@ -19,7 +19,7 @@ from infra.errors import IntegrityError, ReadOnlyError, RegistryError, SchemaErr
 from infra.gc import GRACE, GcReport, collect, collecting
 from infra.intents import FOLDER, HOLDS, INTENTS, Steps, StillHeld, held, holding, run, write_note
 from infra.local_store import LocalStore
-from infra.manifests import WEIGHTS_FILE, AdapterRecord, seal
+from infra.manifests import SCHEMA_VERSION, WEIGHTS_FILE, AdapterRecord, seal
 from infra.registry import Registry
 from infra.s3_store import S3Store
 from infra.storage import Listed, open_store
@@ -91,8 +91,7 @@ def test_uploads_left_unfinished_are_aborted_with_the_orphans(registry: Registry
     record, store = publish(registry), registry.store
     if isinstance(store, S3Store):
         for number in range(2):
-            key = f"{store.prefix}/{blob_path(str(number) * 64)}"
-            store._fs.call_s3("create_multipart_upload", Bucket=store.bucket, Key=key)
+            store._client.call("create_multipart_upload", blob_path(str(number) * 64))
     else:
         assert isinstance(store, LocalStore)
         for number in range(2):
@@ -124,11 +123,11 @@ def test_a_registry_with_an_unreadable_manifest_is_not_collected(tmp_path: Path,
     if damage == "damaged":
         registry.store.create(path, whole[:-20])
     if damage == "newer":
-        registry.store.create(path, seal(json.loads(whole) | {"schema_version": 2}))
+        registry.store.create(path, seal(json.loads(whole) | {"schema_version": SCHEMA_VERSION + 1}))
     error, words = {
         "lost": (IntegrityError, r"000002\.json is missing.*restore it"),
         "damaged": (IntegrityError, r"000002\.json is damaged.*Restore it"),
-        "newer": (SchemaError, r"000002\.json has schema version 2.*upgrade"),
+        "newer": (SchemaError, r"000002\.json has schema version 3.*upgrade"),
     }[damage]
     with pytest.raises(error, match=words):
         collect(registry, now=TOMORROW, delete=True)
