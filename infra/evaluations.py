@@ -85,7 +85,8 @@ def choose(evaluations: Sequence[Evaluation], bundle: BundleRecord, digest: str 
     """The evaluation whose digest begins like this; the newest unless one is named. Raises PromotionError."""
     if not evaluations:
         raise PromotionError(
-            f"bundle {bundle.ref} was never evaluated: run `diffusion-blend evaluate RUN.toml --bundle {bundle.ref}` first"
+            f"bundle {bundle.ref} was never evaluated: first run `diffusion-blend evaluate RUN.toml --bundle "
+            f"{bundle.ref}`"
         )
     matching = [one for one in evaluations if one.digest.startswith(digest or "")]
     if not matching:

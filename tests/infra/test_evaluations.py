@@ -56,7 +56,7 @@ def test_the_gate_wants_an_evaluation_of_the_bundle_and_a_comparable_one_of_the_
     registry: Registry, bundles: list[BundleRecord]
 ):
     champion, bundle = bundles
-    with pytest.raises(PromotionError, match=r"sprites@2 was never evaluated: run .* --bundle sprites@2"):
+    with pytest.raises(PromotionError, match=r"sprites@2 was never evaluated: first run .* --bundle sprites@2"):
         check_promotion(registry, bundle, champion)
     evaluate(registry, bundle, "a", (8.0, 9.0, 10.0))
     assert "no other champion" in check_promotion(registry, bundle, None)
