@@ -190,9 +190,18 @@ class StoredCheckpoints:
         what = f"the checkpoint of iteration {iteration} is not stored; it lies in {directory}"
         for name in parse_manifest(manifest):
             path = f"{entry.files}/{name}"
-            self._ask(what, lambda path=path, name=name: self.store.upload(path, directory / name))
+            self._ask(what, lambda path=path, name=name: self._upload(path, directory / name))
         self._ask(what, lambda: self.store.create(entry.manifest, manifest))
         self._remove_older(entry)
+
+    def _upload(self, path: str, source: Path) -> None:
+        """Store a file of a checkpoint; the path names the content, so that other content there is damage."""
+        try:
+            self.store.upload(path, source)
+        except ObjectExistsError:
+            log.warning("%s/%s is damaged: it is written again", self.store.url, path)
+            self.store.delete(path)
+            self.store.upload(path, source)
 
     def _fetch(self, entry: _Entry) -> Path:
         """Download into the cache; ObjectMissingError or ValueError where it is damaged."""
