@@ -40,8 +40,9 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/diffusion-blend demo
 
+# Two workers for two cores; a file stays on one of them, with what its tests share.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) $(if $(CI),wheel)
 	$(BIN)/ruff check .
