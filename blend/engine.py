@@ -79,6 +79,11 @@ class BlendEngine:
         """True when no sample is waiting or in flight."""
         return not self._waiting and not self._active
 
+    @property
+    def free_rows(self) -> int:
+        """Rows left for further samples before they have to wait; negative while some do."""
+        return self._max_rows - sum(r.plan.peak_rows for r in (*self._active.values(), *self._waiting))
+
     def submit(self, sample: Sample) -> int:
         """Check the sample, queue it and return its ticket.
 
@@ -121,7 +126,7 @@ class BlendEngine:
         return running
 
     def _find(self, ticket: int) -> Running:
-        for running in itertools.chain(self._active.values(), self._waiting):
+        for running in (*self._active.values(), *self._waiting):
             if running.ticket == ticket:
                 return running
         raise KeyError(f"no sample with ticket {ticket} is waiting or in flight")

@@ -51,13 +51,14 @@ class LinearDecoder:
         """Return [B, 3, h, w] in [0, 1] for latents [B, C, h, w]; RuntimeError when it has seen no image yet."""
         if self._moments is None:
             raise RuntimeError("the linear decoder has seen no image: let it observe one first")
-        if self._map is None:
+        fitted = self._map  # kept in hand: another thread that observes meanwhile drops the shared one
+        if fitted is None:
             size = self._channels + 1
             sums = self._moments.double().cpu()
             ridge = _RIDGE * sums[:size, :size].diagonal().mean().clamp(min=_RIDGE)
             square = sums[:size, :size] + ridge * torch.eye(size, dtype=torch.float64)
-            self._map = torch.linalg.solve(square, sums[:, size:]).T.float()
-        return torch.einsum("rc,bchw->brhw", self._map.to(latents.device), _with_one(latents.float())).clamp(0, 1)
+            fitted = self._map = torch.linalg.solve(square, sums[:, size:]).T.float()
+        return torch.einsum("rc,bchw->brhw", fitted.to(latents.device), _with_one(latents.float())).clamp(0, 1)
 
 
 class Previewer:

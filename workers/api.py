@@ -6,13 +6,25 @@ sizes, prompt tokens) is judged by `workers.generation.plan` where that bundle i
 """
 
 import json
+import secrets
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from workers.model_card import MAX_IMAGES, MAX_PROMPT_CHARS, MAX_STEPS, BundleName
 
 MAX_BODY_BYTES = 65_536
+# OpenAI allows 3; a slow model has more to show.
+MAX_PARTIAL_IMAGES = 10
 # Every seed must survive a JSON client that keeps numbers as doubles.
 MAX_SEED = 2**53 - 1
 
@@ -31,6 +43,11 @@ class Refusal(BaseModel):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param}}
+
+
+def draw_seed() -> int:
+    """A seed for a request without one; short enough to be typed."""
+    return secrets.randbelow(2**32)
 
 
 class RequestError(ValueError):
@@ -75,8 +92,8 @@ class GenerationRequest(BaseModel):
         description='"WIDTHxHEIGHT" in pixels; default: the model\'s own size.',
     )
     response_format: Literal["b64_json"] = Field("b64_json", description="PNG, base64-encoded.")
-    stream: bool = Field(False, description="Not supported yet: must be false.")
-    partial_images: int = Field(0, ge=0, le=3, description="Only meaningful with stream: must be 0.")
+    stream: bool = Field(False, description="Answer as server-sent events: progress, previews, then the images.")
+    partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image; needs stream.")
     weights: dict[Name, FiniteFloat] | None = Field(
         None,
         max_length=64,
@@ -97,19 +114,40 @@ class GenerationRequest(BaseModel):
             raise ValueError("must contain something other than white space")
         return prompt
 
-    @field_validator("stream")
-    @classmethod
-    def _not_streaming(cls, stream: bool) -> bool:
-        if stream:
-            raise ValueError("streaming is not supported yet; leave it out or send false")
-        return stream
-
     @field_validator("partial_images")
     @classmethod
-    def _no_partial_images(cls, count: int) -> int:
-        if count:
-            raise ValueError("partial images need streaming, which is not supported yet; leave it out or send 0")
+    def _previews_are_streamed(cls, count: int, info: ValidationInfo) -> int:
+        if count and not info.data.get("stream"):
+            raise ValueError('previews need "stream": true; send it, or leave partial_images out')
         return count
+
+    def with_seed(self) -> "GenerationRequest":
+        """The same request with its seed drawn, if it has none: whoever answers it makes the same images."""
+        return self if self.seed is not None else self.model_copy(update={"seed": draw_seed()})
+
+
+class Caller(BaseModel):
+    """Who asks, and until when it is worth answering."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    # shares the engine fairly with the other clients
+    client: str = "local"
+    # seconds from now after which the answer is of no use; None: no limit
+    deadline_s: float | None = None
+    # taken in once already, by a replica that was lost: not to be turned away now
+    admitted: bool = False
+
+
+ANYONE = Caller()
+
+
+class BundleChange(BaseModel):
+    """Body of `POST /v1/admin/bundle`."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, json_schema_extra={"examples": [{"bundle": "sprites@2"}]}
+    )
+    bundle: Name = Field(pattern=r"^[A-Za-z0-9._@-]+$", description='"NAME@VERSION" or "NAME@ALIAS"; never a URL.')
 
 
 class ImageData(BaseModel):
@@ -152,10 +190,11 @@ class ErrorAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """Body of /healthz and /readyz."""
+    """Body of /healthz and /readyz. `warning`: it serves, but not what it was last told to."""
 
     status: str
     bundle: BundleName | None = None
+    warning: str | None = None
 
 
 def read_request(body: bytes) -> GenerationRequest:
@@ -166,6 +205,14 @@ def read_request(body: bytes) -> GenerationRequest:
         raise refusal_of(error) from None
 
 
+def read_bundle_change(body: bytes) -> BundleChange:
+    """Parse a JSON body. RequestError names the first field at fault."""
+    try:
+        return BundleChange.model_validate_json(body)
+    except ValidationError as error:
+        raise refusal_of(error, BundleChange) from None
+
+
 def check_fields(fields: dict[str, Any]) -> GenerationRequest:
     """The same judgement for a request made in this process (the command line)."""
     try:
@@ -174,7 +221,7 @@ def check_fields(fields: dict[str, Any]) -> GenerationRequest:
         raise refusal_of(error) from None
 
 
-def refusal_of(error: ValidationError) -> RequestError:
+def refusal_of(error: ValidationError, model: type[BaseModel] = GenerationRequest) -> RequestError:
     """The first finding of pydantic as one sentence with field, value and remedy."""
     finding = error.errors(include_url=False)[0]
     kind, location = finding["type"], [str(part) for part in finding["loc"] if part != "[key]"]
@@ -184,7 +231,7 @@ def refusal_of(error: ValidationError) -> RequestError:
     if param is None:
         return bad_request(None, f"the body must be a JSON object, not {shorten(finding['input'])}")
     if kind == "extra_forbidden":
-        allowed = ", ".join(GenerationRequest.model_fields)
+        allowed = ", ".join(model.model_fields)
         return bad_request(param, f"unknown field {shorten(location[-1])}; allowed fields: {allowed}")
     if kind == "missing":
         return bad_request(param, f"{param} is required")

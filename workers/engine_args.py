@@ -59,9 +59,18 @@ class EngineArgs(BaseModel):
 class ServeArgs(EngineArgs):
     """Arguments of `workers.serving.build_app`; the `args` of an application in infra/serve.yaml."""
 
-    # forecast UNet rows that may wait before requests are answered 429
-    max_queued_rows: int = Field(20_000, ge=1)
+    # forecast seconds of work that may wait before requests are answered 429; one client may fill half of them
+    max_queue_s: float = Field(20.0, gt=0, allow_inf_nan=False)
+    # HTTP requests that are answered at once, waiting ones included
+    max_concurrent: int = Field(512, ge=1)
+    # file with the sha256 of bearer tokens (workers.tokens); None: whoever reaches the port may ask for images
+    tokens: str | None = None
+    # a bundle named by an alias is looked up again so often; 0: never
+    follow_alias_s: float = Field(10.0, ge=0, allow_inf_nan=False)
     # replicas with an engine each; one per device
     num_replicas: int = Field(1, ge=1, le=64)
+    # more than num_replicas: replicas are added while each has more than target_backlog_s of work waiting
+    max_replicas: int | None = Field(None, ge=1, le=64)
+    target_backlog_s: float = Field(5.0, gt=0, allow_inf_nan=False)
     # CPU threads of torch in each replica
     num_threads: int = Field(1, ge=1, le=256)

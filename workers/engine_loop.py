@@ -1,88 +1,49 @@
 """Drives a BlendEngine from a thread of its own: many callers, one in-flight batch.
 
 Callers hand in groups of samples (the images of one request) from any thread or event loop and may take them
-back while they run; torch never runs on an event loop. Finished groups are decoded in a second thread, so that
-the next denoising step need not wait for the picture. Knows neither HTTP nor Ray.
+back while they run; torch never runs on an event loop. A group waits in a fair queue and is handed to the engine
+sample by sample, as rows become free. Finished groups are decoded in a second thread, so that the next denoising step
+need not wait for the picture. Knows neither HTTP nor Ray.
 """
 
 import asyncio
 import concurrent.futures
 import logging
-import math
 import queue
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from blend.engine import BlendEngine, DenoisingError, Output, Sample
+from workers.admission import Load, Rate, check_room
+from workers.fair_queue import FairQueue
 from workers.images import to_uint8
+from workers.jobs import DeadlineError, EngineFaultError, Finished, Forecast, Job, Preview, Progress
+from workers.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-# Rows per second assumed until the first step has been measured; only Retry-After depends on it.
-FIRST_GUESS_ROWS_PER_S = 50.0
-
-
-class QueueFullError(Exception):
-    """No room for `rows` more UNet rows: `queued` of at most `limit` wait. `retry_after_s` is a forecast."""
-
-    def __init__(self, rows: int, queued: int, limit: int, retry_after_s: int) -> None:
-        super().__init__(rows, queued, limit, retry_after_s)
-        self.rows, self.queued, self.limit, self.retry_after_s = rows, queued, limit, retry_after_s
-
-    def __str__(self) -> str:
-        return (
-            f"the queue is full: {self.queued} of at most {self.limit} UNet rows are waiting and this "
-            f"request needs {self.rows}; try again in about {self.retry_after_s} s"
-        )
-
-
-class EngineFaultError(RuntimeError):
-    """The engine failed while it worked on this request; the cause is in the service's log."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """One group's images, uint8 [n, H, W, 3] in the order of its samples, and what they took."""
-
-    images: np.ndarray
-    rows: int
-    queue_ms: float
-    denoise_ms: float
-    decode_ms: float
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """A group on its way. `left` is the forecast of UNet rows still to compute."""
-
-    samples: Sequence[Sample]
-    rows: int
-    left: float
-    arrived: float = field(default_factory=time.perf_counter)
-    started: float | None = None
-    tickets: dict[int, int] = field(default_factory=dict)
-    outputs: dict[int, Output] = field(default_factory=dict)
-    future: "concurrent.futures.Future[Finished]" = field(default_factory=concurrent.futures.Future)
-
 
 class EngineLoop:
-    """Owns `engine`: after construction no one else may call it. Forecast work is bounded."""
+    """Owns `engine`: after construction no one else may call it. Forecast seconds of work are bounded."""
 
-    def __init__(self, engine: BlendEngine, *, max_queued_rows: int) -> None:
-        self.max_queued_rows = max_queued_rows
+    def __init__(self, engine: BlendEngine, *, max_queue_s: float, metrics: Metrics | None = None) -> None:
+        self.max_queue_s = max_queue_s
         self.fault: str | None = None
         self.counts = {"finished": 0, "aborted": 0, "failed": 0}
+        self.stepped_at = time.perf_counter()  # when the engine's thread was last seen to get on
+        self._rate = Rate()
         self._engine = engine
+        self._max_rows = engine.free_rows
+        self._metrics = metrics or Metrics()
         self._orders: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()
+        self._queue = FairQueue()
         self._owner: dict[int, Job] = {}
         self._lock = threading.Lock()
-        self._rows_per_s = FIRST_GUESS_ROWS_PER_S
         self._closing = False
         self._decoder = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="blend-decode")
         self._thread = threading.Thread(target=self._run, name="blend-engine", daemon=True)
@@ -97,15 +58,35 @@ class EngineLoop:
         """Groups taken in and not yet answered, failed or aborted."""
         return len(self._jobs)
 
-    def enter(self, samples: Sequence[Sample], rows: int) -> Job:
-        """Take a group in that will need `rows`. QueueFullError if it does not fit; an empty queue takes any."""
+    @property
+    def rows_per_s(self) -> float:
+        """UNet rows per second as measured of late, full batches counting most."""
+        return self._rate.rows_per_s
+
+    @property
+    def backlog_s(self) -> float:
+        """Forecast seconds of the work taken in and not yet done."""
+        return self._left() / self.rows_per_s
+
+    def enter(
+        self,
+        samples: Sequence[Sample],
+        forecast: Forecast,
+        *,
+        client: str = "",
+        deadline_s: float | None = None,
+        admitted: bool = False,
+        listener: Callable[[Progress | Preview], None] | None = None,
+        previews: int = 0,
+    ) -> Job:
+        """Take a group in. QueueFullError if it does not fit, unless it was `admitted`; an empty queue takes any."""
+        job = Job(samples, forecast, client=client, listener=listener, previews=previews)
+        if deadline_s is not None:
+            job.deadline = job.arrived + deadline_s
         with self._lock:
-            queued = math.ceil(sum(job.left for job in self._jobs))
-            if queued and queued + rows > self.max_queued_rows:
-                excess = queued + rows - self.max_queued_rows
-                wait = math.ceil(min(excess, queued) / self._rows_per_s)
-                raise QueueFullError(rows, queued, self.max_queued_rows, max(1, wait))
-            job = Job(samples, rows, float(rows))
+            if not admitted:
+                load = Load(self._left(), self._left(client), self.rows_per_s)
+                check_room(forecast.rows, load, max_queue_s=self.max_queue_s, deadline_s=deadline_s)
             self._jobs.add(job)
         self._orders.put(("submit", job))
         if not self.alive:
@@ -116,9 +97,8 @@ class EngineLoop:
         """Give a group up; its rows are free from the next step on."""
         self._orders.put(("abort", job))
 
-    async def generate(self, samples: Sequence[Sample], rows: int) -> Finished:
-        """`enter` and await the images; cancelling the awaiting task aborts the group."""
-        job = self.enter(samples, rows)
+    async def finish(self, job: Job) -> Finished:
+        """Await a group's images; cancelling the awaiting task aborts the group."""
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
@@ -132,12 +112,18 @@ class EngineLoop:
         self._thread.join()
         self._decoder.shutdown()
 
+    def _left(self, client: str | None = None) -> float:
+        return sum(job.left for job in list(self._jobs) if client is None or job.client == client)
+
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._take_orders(wait=self._engine.idle)
+                self._take_orders(wait=self._engine.idle and not self._queue)
+                self._expire()
+                self._feed()
                 if not self._engine.idle:
                     self._advance()
+                self.stepped_at = time.perf_counter()
             self._fail_all(EngineFaultError("the service is shutting down"))
         except BaseException as error:
             log.exception("the engine thread has ended")
@@ -151,26 +137,41 @@ class EngineLoop:
             except queue.Empty:
                 return
             wait = False
-            if job is not None and kind == "submit":
-                self._submit(job)
-            elif job is not None and job in self._jobs:
+            if job is None or job not in self._jobs:
+                continue
+            if kind == "submit" and not job.future.cancelled():
+                self._queue.push(job)
+            else:
                 self.counts["aborted"] += 1
                 self._abort(job)
 
-    def _submit(self, job: Job) -> None:
-        if job.future.cancelled():
-            self._forget(job)
-            return
-        try:
-            for index, sample in enumerate(job.samples):
-                ticket = self._engine.submit(sample)
-                job.tickets[ticket] = index
-                self._owner[ticket] = job
-        except Exception as error:
-            self._abort(job)
-            self._fail(job, error)
+    def _expire(self) -> None:
+        now = time.perf_counter()
+        for job in [job for job in list(self._jobs) if job.deadline is not None and now > job.deadline]:
+            if not job.denoised:
+                self._abort(job)
+                self._fail(job, DeadlineError("the deadline passed before the images were ready"))
+
+    def _feed(self) -> None:
+        """Hand samples to the engine as far as rows are free; what waits, waits here, where it is fair."""
+        while (job := self._queue.head()) is not None:
+            if not self._engine.idle and job.forecast.peak_rows > self._engine.free_rows:
+                return
+            index = len(job.tickets)
+            try:
+                ticket = self._engine.submit(job.samples[index])
+            except Exception as error:
+                self._abort(job)
+                self._fail(job, error)
+                continue
+            job.tickets[ticket] = index
+            self._owner[ticket] = job
+            self._queue.charge(job, job.rows_per_sample)
+            if len(job.tickets) == len(job.samples):
+                self._queue.remove(job)
 
     def _abort(self, job: Job) -> None:
+        self._queue.remove(job)
         for ticket in job.tickets:
             if self._owner.pop(ticket, None) is not None:
                 self._engine.abort(ticket)
@@ -178,6 +179,7 @@ class EngineLoop:
 
     def _advance(self) -> None:
         began = time.perf_counter()
+        occupancy = 1.0 - self._engine.free_rows / self._max_rows
         try:
             finished = self._engine.step()
         except Exception as error:
@@ -187,7 +189,7 @@ class EngineLoop:
                 self._abort(job)
                 self._fail(job, EngineFaultError("the engine failed on this batch"))
             return
-        self._account(began, finished)
+        self._account(began, occupancy, finished)
         failed = [output.error for output in finished.values() if _is_fault(output.error)]
         if failed:
             log.error("a denoising step failed", exc_info=failed[0])
@@ -195,25 +197,45 @@ class EngineLoop:
         for ticket, output in finished.items():
             self._deliver(ticket, output)
 
-    def _account(self, began: float, finished: dict[int, Output]) -> None:
-        """Update what is left of every group, and the row rate, after a step that began at `began`."""
-        done = 0.0
+    def _account(self, began: float, occupancy: float, finished: dict[int, Output]) -> None:
+        """After a step: what is left of every group, what its listener should hear, and the row rate."""
+        rows = 0.0
         for job in set(self._owner.values()):
-            left = 0.0
+            left = job.rows_per_sample * (len(job.samples) - len(job.tickets))
+            slowest = 0 if left else job.samples[0].num_inference_steps
             for ticket in job.tickets:
-                if ticket in self._owner and ticket not in finished:
-                    step, total = self._engine.progress(ticket)
-                    left += job.rows / len(job.samples) * (total - step) / total
-                    started = step > 0
-                else:
-                    started = True
-                if started and job.started is None:
-                    job.started = began
-            done += job.left - left
+                if ticket in finished or ticket not in self._owner:
+                    continue
+                step, total = self._engine.progress(ticket)
+                left += job.rows_per_sample * (total - step) / total
+                slowest = min(slowest, step)
+                self._show(job, ticket, step, total)
+            if job.started is None:
+                job.started = began
+            if slowest > job.told:
+                job.told = slowest
+                job.tell(Progress(slowest, job.samples[0].num_inference_steps))
+            rows += job.left - left
             job.left = left
-        rate = done / max(time.perf_counter() - began, 1e-6)
-        if rate > 0:
-            self._rows_per_s += 0.2 * (rate - self._rows_per_s)
+        seconds = max(time.perf_counter() - began, 1e-6)
+        self._rate.observe(rows, seconds, weight=min(1.0, occupancy))
+        self._metrics.step(seconds=seconds, rows=rows, occupancy=occupancy, backlog_s=self.backlog_s)
+
+    def _show(self, job: Job, ticket: int, step: int, total: int) -> None:
+        index = job.preview_at(step, total)
+        if index is None:
+            return
+        try:
+            image = self._engine.preview(ticket)
+        except Exception:
+            # the image itself may still be had
+            log.exception("a preview failed")
+            return
+        if image is not None:
+            self._decoder.submit(self._tell_preview, job, (job.tickets[ticket], index, step, total), image)
+
+    def _tell_preview(self, job: Job, where: tuple[int, int, int, int], image: Tensor) -> None:
+        job.tell(Preview(*where, pixels=to_uint8(image[None].float().cpu().numpy())[0]))
 
     def _deliver(self, ticket: int, output: Output) -> None:
         job = self._owner.pop(ticket, None)
@@ -225,7 +247,7 @@ class EngineLoop:
             self._fail(job, fault if _is_fault(output.error) else output.error)
             return
         job.outputs[job.tickets[ticket]] = output
-        if len(job.outputs) == len(job.samples):
+        if job.denoised:
             self._decoder.submit(self._decode, job, time.perf_counter())
 
     def _decode(self, job: Job, denoised: float) -> None:

@@ -3,7 +3,6 @@
 Here a request meets the bundle that will answer it; everything wrong with it is found before any work.
 """
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +10,21 @@ from typing import Any
 from blend.engine import BlendEngine, Sample
 from blend.plans import plan_rows
 from blend.preference import Preference, PreferenceError
-from workers.api import MAX_SEED, GenerationRequest, Refusal, RequestError, bad_request, shorten
+from workers.api import MAX_SEED, GenerationRequest, Refusal, RequestError, bad_request, draw_seed, shorten
+from workers.engine_args import EngineArgs
 from workers.images import ImageFacts, encode_png, to_uint8
+from workers.jobs import Forecast
 from workers.model_card import ModelCard
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A loaded engine with the card that describes it. `tokenizer` is a copy that any thread may use."""
+    """A loaded engine, the card that describes it and what it was opened by; `tokenizer` may be used by any thread."""
 
     engine: BlendEngine
     card: ModelCard
     tokenizer: Any
+    args: EngineArgs
 
     @property
     def basis(self) -> tuple[str, ...]:
@@ -38,7 +40,7 @@ def plan(request: GenerationRequest, opened: Opened) -> list[Sample]:
     _check_prompt("prompt", request.prompt, opened)
     _check_prompt("negative_prompt", request.negative_prompt, opened)
     height, width = _size(request.size or "auto", card)
-    first = secrets.randbelow(2**32) if request.seed is None else request.seed
+    first = request.seed if request.seed is not None else draw_seed()
     if first + request.n - 1 > MAX_SEED:
         raise bad_request("seed", f"seed: with n = {request.n} must be at most {MAX_SEED - request.n + 1}")
     preference = _preference(request, opened)
@@ -102,10 +104,11 @@ def _size(size: str, card: ModelCard) -> tuple[int, int]:
     return height, width
 
 
-def forecast_rows(sample: Sample, basis: Sequence[str]) -> int:
-    """UNet rows that `sample` will need over all its steps."""
-    steps = sample.num_inference_steps
-    return plan_rows(sample, basis, steps, measured=False).rows_until(steps)
+def forecast(samples: Sequence[Sample], basis: Sequence[str]) -> Forecast:
+    """UNet rows that the samples of one request will run."""
+    plans = [plan_rows(sample, basis, sample.num_inference_steps, measured=False) for sample in samples]
+    rows = sum(planned.rows_until(sample.num_inference_steps) for planned, sample in zip(plans, samples, strict=True))
+    return Forecast(rows, max(planned.peak_rows for planned in plans))
 
 
 def facts_of(sample: Sample, card: ModelCard) -> ImageFacts:

@@ -39,11 +39,11 @@ class ImageFactsError(ValueError):
     """A file that is no PNG of ours."""
 
 
-def encode_png(pixels: np.ndarray, facts: ImageFacts) -> bytes:
-    """PNG of `pixels` uint8 [H, W, 3] with one text chunk per fact."""
+def encode_png(pixels: np.ndarray, facts: ImageFacts | None = None) -> bytes:
+    """PNG of `pixels` uint8 [H, W, 3] with one text chunk per fact; a preview has none, it cannot be made again."""
     chunks = PngInfo()
     chunks.add_text("Software", SOFTWARE)
-    for name, value in facts.model_dump().items():
+    for name, value in facts.model_dump().items() if facts is not None else ():
         text = value if isinstance(value, str) else json.dumps(value)
         # iTXt, because tEXt holds Latin-1 alone.
         chunks.add_itxt(name, text)

@@ -55,7 +55,7 @@ def open_engine(args: EngineArgs, on_bytes: Progress | None = None) -> "Opened":
         engine = load_engine(bundle, device=device, **_engine_options(args))
         card = _card_of_bundle(args, bundle, engine.model)
     # A fast tokenizer cannot be used by two threads at once, and the engine's thread has the original.
-    return Opened(engine, card, copy.deepcopy(engine.model.text.tokenizers[0]))
+    return Opened(engine, card, copy.deepcopy(engine.model.text.tokenizers[0]), args)
 
 
 def _engine_options(args: EngineArgs) -> dict[str, Any]:

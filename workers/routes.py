@@ -5,51 +5,70 @@ Whatever goes wrong leaves as {"error": {"message", "type", "param"}}; causes in
 """
 
 import asyncio
-import contextlib
-import logging
-from collections.abc import Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from workers.api import (
     MAX_BODY_BYTES,
-    ErrorAnswer,
+    Caller,
     GenerationRequest,
     GenerationResponse,
     Health,
     Refusal,
     RequestError,
+    bad_request,
+    read_bundle_change,
     read_request,
 )
+from workers.events import Event
+from workers.guard import CLIENT_LEFT, Access, Guard, answer_of
+from workers.latest_evaluation import LatestEvaluation
+from workers.logs import audit
+from workers.metrics import Metrics
 from workers.model_card import ModelCard, ModelList
+from workers.openapi import BUNDLE_CHANGE, ERRORS, GENERATION, describe
+from workers.streaming import ClientLeftError, EventStream, first_event, while_connected
+from workers.tokens import Tokens
 
-log = logging.getLogger(__name__)
-
+PAGE = Path(__file__).parent / "page"
+PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 READY_TIMEOUT_S = 10.0
-CLIENT_LEFT = 499
+BODY_TIMEOUT_S = 15.0
+MAX_CONCURRENT = 512
+MAX_DEADLINE_S = 3_600.0
 T = TypeVar("T")
 
 
 class Backend(Protocol):
     """What stands behind the routes. A Refusal is an answer; an exception is a defect."""
 
-    async def card(self) -> ModelCard: ...
+    async def card(self) -> ModelCard | Refusal: ...
 
-    async def generate(self, request: GenerationRequest) -> GenerationResponse | Refusal: ...
+    async def generate(self, request: GenerationRequest, caller: Caller) -> GenerationResponse | Refusal: ...
+
+    def stream(self, request: GenerationRequest, caller: Caller) -> AsyncIterator[Event | Refusal]: ...
+
+    async def evaluation(self) -> LatestEvaluation | Refusal: ...
+
+    async def switch(self, bundle: str) -> Health | Refusal: ...
 
     async def readiness(self) -> Health | Refusal: ...
 
 
-class ClientLeftError(Exception):
-    """The client closed the connection before its answer was ready."""
-
-
-def create_http(backend: Backend) -> FastAPI:
-    """The application over `backend`."""
+def create_http(
+    backend: Backend,
+    *,
+    tokens: Tokens | None = None,
+    metrics: Metrics | None = None,
+    max_concurrent: int = MAX_CONCURRENT,
+) -> FastAPI:
+    """The application over `backend`; without tokens anyone may ask for images."""
     app = FastAPI(
         title="Diffusion Blend",
         version="1",
@@ -59,36 +78,78 @@ def create_http(backend: Backend) -> FastAPI:
         redoc_url=None,
     )
     _add_error_handlers(app)
+    _add_images(app, backend)
+    _add_facts(app, backend)
+    _add_page(app)
+    app.add_middleware(Guard, tokens=tokens, max_concurrent=max_concurrent, metrics=metrics or Metrics())
+    describe(app)
+    return app
 
-    @app.post(
-        "/v1/images/generations",
-        response_model=GenerationResponse,
-        responses={code: {"model": ErrorAnswer} for code in (400, 404, 413, 415, 429, 503)},
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}},
-            }
-        },
-    )
+
+def _add_images(app: FastAPI, backend: Backend) -> None:
+    @app.post("/v1/images/generations", response_model=GenerationResponse, **GENERATION)
     async def generations(request: Request) -> Response:
-        wanted = read_request(await _read_body(request))
-        return _answer(await _while_connected(request, backend.generate(wanted)))
+        """Make images. With `stream` the answer is server-sent events: progress, previews, then each image."""
+        access: Access = request.state.access
+        wanted = read_request(await _read_body(request)).with_seed()
+        access.facts |= {"n": wanted.n, "blend": wanted.method, "stream": wanted.stream}
+        caller = Caller(client=access.client, deadline_s=_deadline(request))
+        if not wanted.stream:
+            return _answer(await while_connected(request.receive, backend.generate(wanted, caller)))
+        events = backend.stream(wanted, caller)
+        first = await first_event(request, events)
+        return answer_of(first) if isinstance(first, Refusal) else EventStream(first, events)
 
-    @app.get("/v1/models", response_model=ModelList, responses={503: {"model": ErrorAnswer}})
+    @app.post("/v1/admin/bundle", response_model=Health, **BUNDLE_CHANGE)
+    async def change_bundle(request: Request) -> Response:
+        """Serve another bundle: `{"bundle": "NAME@VERSION"}`. Requests under way end on the bundle they began on."""
+        access: Access = request.state.access
+        bundle = read_bundle_change(await _read_body(request)).bundle
+        outcome = await backend.switch(bundle)
+        told = outcome.message if isinstance(outcome, Refusal) else "done"
+        audit("change_bundle", actor=access.client, request_id=access.request_id, bundle=bundle, outcome=told)
+        return _answer(outcome)
+
+
+def _add_facts(app: FastAPI, backend: Backend) -> None:
+    @app.get("/v1/models", response_model=ModelList, responses=ERRORS)
     async def models() -> Response:
+        """The bundle that is served: basis names, methods, ranges, defaults and limits."""
         card = await _in_time(backend.card())
         return _answer(card if isinstance(card, Refusal) else ModelList(data=[card]))
 
+    @app.get("/v1/evaluations/latest", response_model=LatestEvaluation, responses=ERRORS)
+    async def latest() -> Response:
+        """What the bundle scored on held-out prompts, preference by preference, with 95 % intervals."""
+        return _answer(await _in_time(backend.evaluation()))
+
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Response:
+        """Whether this process answers at all."""
         return _answer(Health(status="up"))
 
-    @app.get("/readyz", response_model=Health, responses={503: {"model": ErrorAnswer}})
+    @app.get("/readyz", response_model=Health, responses=ERRORS)
     async def readyz() -> Response:
+        """Whether images can be had now, and from which bundle."""
         return _answer(await _in_time(backend.readiness()))
 
-    return app
+
+def _add_page(app: FastAPI) -> None:
+    files = {path.name: path for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
+
+    def send(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404, "not found")
+        path = files[name]
+        return FileResponse(path, media_type=PAGE_TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return send("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page(name: str) -> Response:
+        return send(name)
 
 
 def unavailable(message: str, retry_after_s: int = 5) -> Refusal:
@@ -96,10 +157,9 @@ def unavailable(message: str, retry_after_s: int = 5) -> Refusal:
 
 
 def _answer(outcome: BaseModel) -> Response:
-    if not isinstance(outcome, Refusal):
-        return Response(outcome.model_dump_json(), media_type="application/json")
-    headers = {} if outcome.retry_after_s is None else {"Retry-After": str(outcome.retry_after_s)}
-    return JSONResponse(outcome.body(), status_code=outcome.status, headers=headers)
+    if isinstance(outcome, Refusal):
+        return answer_of(outcome)
+    return Response(outcome.model_dump_json(), media_type="application/json")
 
 
 async def _in_time(work: Awaitable[T]) -> T | Refusal:
@@ -109,8 +169,22 @@ async def _in_time(work: Awaitable[T]) -> T | Refusal:
         return unavailable(f"the engine has not answered within {READY_TIMEOUT_S:g} s; it may be starting")
 
 
+def _deadline(request: Request) -> float | None:
+    """Seconds that the client will wait, from the header X-Request-Timeout."""
+    text = request.headers.get("x-request-timeout")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= MAX_DEADLINE_S:
+        raise bad_request(None, f"X-Request-Timeout: use seconds from 0 to {MAX_DEADLINE_S:g} (got {text[:40]!r})")
+    return seconds
+
+
 async def _read_body(request: Request) -> bytes:
-    """The request body, at most MAX_BODY_BYTES."""
+    """The request body, at most MAX_BODY_BYTES, within BODY_TIMEOUT_S."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = f'send the body as JSON, with "Content-Type: application/json" (got "{kind[:80]}")'
@@ -120,38 +194,22 @@ async def _read_body(request: Request) -> bytes:
     if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
         raise RequestError(too_large)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(too_large)
-    return bytes(body)
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, cancelling it as soon as the client has left (ClientLeftError)."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientLeftError
-    finally:
-        for pending in (task, gone):
-            pending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise RequestError(too_large)
+    except TimeoutError:
+        late = Refusal(status=408, message=f"the body did not come within {BODY_TIMEOUT_S:g} s", type="timeout_error")
+        raise RequestError(late) from None
+    return bytes(body)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return _answer(error.refusal)
+        return answer_of(error.refusal)
 
     @app.exception_handler(ClientLeftError)
     async def left(request: Request, error: ClientLeftError) -> Response:
@@ -161,10 +219,5 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:200]}: {str(error.detail).lower()}; see /openapi.json"
         refusal = Refusal(status=error.status_code, message=message)
-        return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        refusal = Refusal(status=500, message="the service failed; its log says why", type="server_error")
-        return JSONResponse(refusal.body(), status_code=500)
+        headers: dict[str, Any] = dict(error.headers or {})
+        return JSONResponse(refusal.body(), status_code=error.status_code, headers=headers)

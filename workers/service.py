@@ -4,33 +4,56 @@ import asyncio
 import base64
 import logging
 import time
+from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 from blend.engine import DenoisingError, Sample, SampleError
 from blend.preference import Preference
-from workers.api import GenerationRequest, GenerationResponse, Health, ImageData, Refusal, RequestError, Usage
-from workers.engine_loop import EngineFaultError, EngineLoop, Finished, QueueFullError
-from workers.generation import Opened, facts_of, forecast_rows, plan
+from workers.api import (
+    ANYONE,
+    Caller,
+    GenerationRequest,
+    GenerationResponse,
+    Health,
+    ImageData,
+    Refusal,
+    RequestError,
+    Usage,
+)
+from workers.engine_loop import EngineLoop
+from workers.events import Event, PartialImageEvent, ProgressEvent, completed_events
+from workers.generation import Opened, facts_of, forecast, plan
 from workers.images import encode_png
+from workers.jobs import DeadlineError, EngineFaultError, Finished, Job, Preview, Progress, QueueFullError
+from workers.latest_evaluation import LatestEvaluation, latest_evaluation
+from workers.metrics import Metrics
 from workers.model_card import ModelCard
 
 log = logging.getLogger(__name__)
 
 WARM_UP_TIMEOUT_S = 300.0
+# A busy engine that has not ended a step for so long is stuck.
+STALL_S = 120.0
 Kind = Literal["server_error", "unavailable_error"]
 
 
 class GenerationService:
     """Implements `workers.routes.Backend` over an engine of its own. Call `close` at the end."""
 
-    def __init__(self, opened: Opened, *, max_queued_rows: int) -> None:
+    def __init__(self, opened: Opened, *, max_queue_s: float, metrics: Metrics | None = None) -> None:
         self.opened = opened
-        self.loop = EngineLoop(opened.engine, max_queued_rows=max_queued_rows)
+        self.metrics = metrics or Metrics()
+        self.loop = EngineLoop(opened.engine, max_queue_s=max_queue_s, metrics=self.metrics)
 
     def warm_up(self) -> None:
-        """Load everything a first request would: one base forward and one decode. Raises what goes wrong."""
-        job = self.loop.enter([self._probe()], 1)
-        job.future.result(timeout=WARM_UP_TIMEOUT_S)
+        """Load everything a first request would, and measure the row rate: a few forwards and one decode.
+
+        Raises what goes wrong.
+        """
+        samples = [self._probe(seed, steps=2) for seed in range(min(8, self.opened.engine.free_rows))]
+        for _ in range(2):
+            job = self.loop.enter(samples, forecast(samples, self.opened.basis))
+            job.future.result(timeout=WARM_UP_TIMEOUT_S)
 
     def close(self) -> None:
         self.loop.close()
@@ -38,27 +61,52 @@ class GenerationService:
     async def card(self) -> ModelCard:
         return self.opened.card
 
-    async def generate(self, request: GenerationRequest) -> GenerationResponse | Refusal:
+    async def evaluation(self) -> LatestEvaluation | Refusal:
+        return await asyncio.to_thread(latest_evaluation, self.opened.args, self.opened.card)
+
+    async def switch(self, bundle: str) -> Health | Refusal:
+        return Refusal(status=409, message="this process serves the one bundle it was started with")
+
+    async def generate(self, request: GenerationRequest, caller: Caller = ANYONE) -> GenerationResponse | Refusal:
         """Images for `request`, or why not. Cancelling the awaiting task frees its rows within a step."""
         try:
-            samples = plan(request, self.opened)
-            rows = sum(forecast_rows(sample, self.opened.basis) for sample in samples)
-            finished = await self.loop.generate(samples, rows)
-        except RequestError as error:
-            return error.refusal
-        except QueueFullError as error:
-            return Refusal(status=429, message=str(error), type="rate_limit_error", retry_after_s=error.retry_after_s)
-        except EngineFaultError as error:
-            return _failure(503, "unavailable_error", str(error))
-        except DenoisingError as error:
-            return Refusal(status=400, message=str(error), param="guidance_scale")
-        except ValueError as error:
-            if isinstance(error, SampleError) and error.param in ("height", "width"):
-                return Refusal(status=400, message=f"size: {error}", param="size")
-            # The engine's own last look at a sample; a plan should have found all but what the memory holds.
-            log.warning("the engine refused a planned sample", exc_info=error)
-            return Refusal(status=400, message=str(error))
-        return await asyncio.to_thread(self._respond, samples, finished)
+            job = self._enter(request, caller)
+            finished = await self.loop.finish(job)
+        except Exception as error:
+            return _refusal_of(error)
+        return await asyncio.to_thread(self._respond, job, finished)
+
+    async def stream(self, request: GenerationRequest, caller: Caller = ANYONE) -> AsyncIterator[Event | Refusal]:
+        """The same, told on the way; a Refusal ends it. Closing the iterator frees the rows within a step."""
+        events: asyncio.Queue[Progress | Preview | None] = asyncio.Queue()
+        here = asyncio.get_running_loop()
+
+        def listen(what: Progress | Preview) -> None:
+            here.call_soon_threadsafe(events.put_nowait, what)
+
+        try:
+            job = self._enter(request, caller, listen)
+        except Exception as error:
+            yield _refusal_of(error)
+            return
+        ended = asyncio.wrap_future(job.future)
+        ended.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            yield ProgressEvent(step=0, total=job.samples[0].num_inference_steps)
+            while (what := await events.get()) is not None:
+                if isinstance(what, Progress):
+                    yield ProgressEvent(step=what.step, total=what.total)
+                else:
+                    yield await asyncio.to_thread(self._partial, job, what)
+            answer = await asyncio.to_thread(self._respond, job, ended.result())
+            for event in completed_events(answer, self._size(job.samples[0])):
+                yield event
+        except Exception as error:
+            yield _refusal_of(error)
+        finally:
+            if not ended.done():
+                ended.cancel()
+                self.loop.leave(job)
 
     async def readiness(self) -> Health | Refusal:
         """Ready while the last forward went well; after a fault one probing forward decides."""
@@ -67,26 +115,65 @@ class GenerationService:
             return _failure(503, "unavailable_error", fault or "the engine thread has ended")
         if fault is not None:
             try:
-                await self.loop.generate([self._probe()], 1)
-            except (EngineFaultError, QueueFullError):
+                await self._try_forward()
+            except EngineFaultError:
                 return _failure(503, "unavailable_error", self.loop.fault or fault)
         return Health(status="ready", bundle=self.opened.card.bundle)
 
-    def _probe(self) -> Sample:
+    async def check(self) -> None:
+        """Run one row through the engine when it is idle, or see that it gets on. EngineFaultError otherwise."""
+        if not self.loop.alive:
+            raise EngineFaultError(self.loop.fault or "the engine thread has ended")
+        if self.loop.in_flight == 0:
+            await self._try_forward()
+        elif time.perf_counter() - self.loop.stepped_at > STALL_S:
+            raise EngineFaultError(f"the engine has not ended a step for {STALL_S:g} s")
+
+    async def _try_forward(self) -> None:
+        samples = [self._probe(0, steps=1)]
+        await self.loop.finish(self.loop.enter(samples, forecast(samples, self.opened.basis), admitted=True))
+
+    def _enter(
+        self, request: GenerationRequest, caller: Caller, listener: Callable[[Progress | Preview], None] | None = None
+    ) -> Job:
+        samples = plan(request, self.opened)
+        return self.loop.enter(
+            samples,
+            forecast(samples, self.opened.basis),
+            client=caller.client,
+            deadline_s=caller.deadline_s,
+            admitted=caller.admitted,
+            listener=listener,
+            previews=request.partial_images,
+        )
+
+    def _probe(self, seed: int, *, steps: int) -> Sample:
         weights = {name: 1.0 if index == 0 else 0.0 for index, name in enumerate(self.opened.basis)}
         preference = Preference.parse(weights, 0.0, "mpa", basis=self.opened.basis)
-        return Sample(prompt="probe", preference=preference, seed=0, num_inference_steps=1, guidance_scale=1.0)
+        return Sample(prompt="probe", preference=preference, seed=seed, num_inference_steps=steps, guidance_scale=1.0)
 
-    def _respond(self, samples: list[Sample], finished: Finished) -> GenerationResponse:
-        card = self.opened.card
+    def _size(self, sample: Sample) -> str:
+        facts = facts_of(sample, self.opened.card)
+        return f"{facts.width}x{facts.height}"
+
+    def _partial(self, job: Job, what: Preview) -> PartialImageEvent:
+        return PartialImageEvent(
+            b64_json=_base64(encode_png(what.pixels)),
+            image_index=what.image,
+            partial_image_index=what.index,
+            step=what.step,
+            total=what.total,
+            created_at=int(time.time()),
+            size=self._size(job.samples[what.image]),
+        )
+
+    def _respond(self, job: Job, finished: Finished) -> GenerationResponse:
+        card, preference = self.opened.card, job.samples[0].preference
         data = [
-            ImageData(
-                b64_json=base64.b64encode(encode_png(pixels, facts_of(sample, card))).decode(),
-                seed=sample.seed,
-            )
-            for sample, pixels in zip(samples, finished.images, strict=True)
+            ImageData(b64_json=_base64(encode_png(pixels, facts_of(sample, card))), seed=sample.seed)
+            for sample, pixels in zip(job.samples, finished.images, strict=True)
         ]
-        preference = samples[0].preference
+        self.metrics.answered(method=preference.method, images=len(data), queue_s=finished.queue_ms / 1e3)
         return GenerationResponse(
             created=int(time.time()),
             data=data,
@@ -96,12 +183,38 @@ class GenerationService:
             method=preference.method,
             usage=Usage(
                 rows=finished.rows,
-                steps=samples[0].num_inference_steps,
+                steps=job.samples[0].num_inference_steps,
                 queue_ms=round(finished.queue_ms, 3),
                 denoise_ms=round(finished.denoise_ms, 3),
                 decode_ms=round(finished.decode_ms, 3),
             ),
         )
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _refusal_of(error: Exception) -> Refusal:
+    """What a client is told of `error`; what is no answer is raised again."""
+    match error:
+        case RequestError():
+            return error.refusal
+        case QueueFullError():
+            return Refusal(status=429, message=str(error), type="rate_limit_error", retry_after_s=error.retry_after_s)
+        case DeadlineError():
+            return Refusal(status=408, message=f"{error}; allow more time or ask for less", type="timeout_error")
+        case EngineFaultError():
+            return _failure(503, "unavailable_error", str(error))
+        case DenoisingError():
+            return Refusal(status=400, message=str(error), param="guidance_scale")
+        case SampleError(param="height" | "width"):
+            return Refusal(status=400, message=f"size: {error}", param="size")
+        case ValueError():
+            # The engine's own last look at a sample; a plan should have found all but what the memory holds.
+            log.warning("the engine refused a planned sample", exc_info=error)
+            return Refusal(status=400, message=str(error))
+    raise error
 
 
 def _failure(status: int, kind: Kind, message: str) -> Refusal:

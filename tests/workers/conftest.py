@@ -21,7 +21,7 @@ def opened(engine_args):
 def service(opened):
     from workers.service import GenerationService
 
-    service = GenerationService(opened, max_queued_rows=500)
+    service = GenerationService(opened, max_queue_s=10.0)
     service.warm_up()
     yield service
     service.close()

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workers.api import GenerationRequest
-from workers.generation import forecast_rows, plan
+from workers.generation import forecast, plan
 from workers.routes import create_http
 from workers.service import GenerationService
 
@@ -38,13 +38,12 @@ def wait_until(condition, seconds: float = 60.0) -> None:
 
 def test_a_full_queue_answers_429_with_numbers_and_recovers(client, service, opened):
     samples = plan(GenerationRequest(**LONG), opened)
-    rows = sum(forecast_rows(sample, opened.basis) for sample in samples)
-    job = service.loop.enter(samples, rows)
+    job = service.loop.enter(samples, forecast(samples, opened.basis))
     answer = ask(client)
     service.loop.leave(job)
     assert answer.status_code == 429
     assert int(answer.headers["Retry-After"]) >= 1
-    assert "of at most 500 UNet rows" in answer.json()["error"]["message"]
+    assert "UNet rows at" in answer.json()["error"]["message"]
     assert answer.json()["error"]["type"] == "rate_limit_error"
     wait_until(lambda: service.loop.in_flight == 0)
     assert ask(client).status_code == 200
@@ -118,7 +117,7 @@ def test_a_failed_forward_is_a_503_until_one_succeeds(client, opened, monkeypatc
 
 
 def test_a_service_whose_engine_thread_has_ended_is_not_ready(opened):
-    service = GenerationService(opened, max_queued_rows=500)
+    service = GenerationService(opened, max_queue_s=10.0)
     service.close()
     with TestClient(create_http(service)) as client:
         assert client.get("/healthz").status_code == 200

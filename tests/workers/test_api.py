@@ -82,8 +82,9 @@ def test_everything_but_the_prompt_has_a_default():
         (body(prompt=None), "prompt"),
         (body(negative_prompt="x" * 2001), "negative_prompt"),
         (body(response_format="url"), "response_format"),
-        (body(stream=True), "stream"),
+        (body(stream=1), "stream"),
         (body(partial_images=1), "partial_images"),
+        (body(stream=True, partial_images=11), "partial_images"),
         (body(method=3), "method"),
         (body(model=""), "model"),
         (body(lora_scale=1), "lora_scale"),
@@ -110,7 +111,7 @@ def test_messages_tell_the_allowed_values_and_stay_short():
     assert "allowed fields: prompt, model" in refusal(body(steps=3)).message
     assert '"b64_json"' in refusal(body(response_format="url")).message
     assert "WIDTHxHEIGHT" in refusal(body(size="64")).message
-    assert "supported" in refusal(body(stream=True)).message
+    assert "stream" in refusal(body(partial_images=1)).message
     assert len(refusal(body(size="x" * 5000)).message) < 300
     assert len(refusal(body(**{"y" * 5000: 1})).message) < 800
 

@@ -14,7 +14,7 @@ from blend.footprint import row_bytes
 from blend.preference import METHODS
 from workers.api import MAX_BODY_BYTES, GenerationRequest
 from workers.engine_args import EngineArgs
-from workers.generation import forecast_rows, generate_png, plan, request_of
+from workers.generation import forecast, generate_png, plan, request_of
 from workers.images import read_facts
 from workers.loading import open_engine, pin
 from workers.routes import create_http
@@ -132,7 +132,7 @@ def test_weights_are_normalised_only_when_asked(client):
         ({"negative_prompt": "word " * 399}, "negative_prompt", ["tokens"]),
         ({"seed": 2**53 - 1, "n": 2}, "seed", ["n = 2"]),
         ({"n": 9}, "n", ["8"]),
-        ({"stream": True}, "stream", ["not supported"]),
+        ({"partial_images": 2}, "partial_images", ["stream"]),
     ],
 )
 def test_what_this_bundle_cannot_serve_is_a_400_that_names_the_field(client, fields, param, words):
@@ -152,7 +152,7 @@ def test_an_image_too_large_for_the_memory_is_a_400_with_the_numbers(engine_args
     )
     memory = (fits + does_not) / 2
     opened = open_engine(engine_args.model_copy(update={"memory_gb": memory / 1e9}))
-    service = GenerationService(opened, max_queued_rows=500)
+    service = GenerationService(opened, max_queue_s=10.0)
     try:
         service.warm_up()
         with TestClient(create_http(service)) as client:
@@ -182,7 +182,7 @@ def test_impossible_memory_is_refused(memory_gb):
 def test_the_rows_of_a_request_are_foretold(client, opened, weights, kl_lambda, method, guidance_scale):
     fields = {**BASE, "weights": weights, "kl_lambda": kl_lambda, "method": method, "guidance_scale": guidance_scale}
     [sample] = plan(GenerationRequest(**fields), opened)
-    assert client.post(ROUTE, json=fields).json()["usage"]["rows"] == forecast_rows(sample, opened.basis)
+    assert client.post(ROUTE, json=fields).json()["usage"]["rows"] == forecast([sample], opened.basis).rows
 
 
 def test_names_of_models_are_checked(client, opened):
