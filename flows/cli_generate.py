@@ -97,18 +97,21 @@ def serve(
     device: Device = "auto",
     store_url: StoreUrl = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Engines, one per device.")] = 1,
-    max_queued_rows: Annotated[
-        int, typer.Option("--max-queued-rows", min=1, help="UNet rows that may wait before clients get 429.")
-    ] = 20_000,
+    max_queue: Annotated[
+        float, typer.Option("--max-queue", min=0.1, help="Seconds of work that may wait before clients get 429.")
+    ] = 20.0,
+    tokens: Annotated[
+        Path | None, typer.Option("--tokens", help="File with NAME SCOPES SHA256 a line; clients then need a token.")
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP on Ray Serve until Ctrl-C."""
     from infra.settings import read_settings
+    from workers.deploying import check_port
     from workers.engine_args import ServeArgs
-    from workers.serving import check_port
 
     settings = read_settings()
     args = _engine_args(bundle, base, adapter, device, store_url).model_dump()
-    args |= {"num_replicas": replicas, "max_queued_rows": max_queued_rows, "num_threads": settings.num_threads}
+    args |= {"num_replicas": replicas, "max_queue_s": max_queue, "num_threads": settings.num_threads}
     host = host or settings.host
     port = check_port(host, settings.port if port is None else port)
     typer.echo("Checking the bundle and starting Ray Serve ...", err=True)
@@ -177,11 +180,11 @@ def _serve_until_stopped(args: Any, host: str, port: int) -> None:
 
     from workers.client import request_card
     from workers.cluster import ray_session
+    from workers.deploying import deploy, undeploy
     from workers.loading import pin
-    from workers.serving import deploy, undeploy
 
     with transfer_bar("Fetching adapters") as on_bytes:
-        args = pin(args, on_bytes)
+        pin(args, on_bytes)
     with ray_session():
         url = deploy(args, host=host, port=port)
         stop = threading.Event()

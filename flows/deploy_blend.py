@@ -20,21 +20,21 @@ def deploy_blend(
     address: str | None = None,
 ) -> str:
     """Serve `bundle` and return the endpoint's URL; `address` or RAY_ADDRESS names the Ray cluster."""
-    pinned = resolve_bundle(bundle, store_url)
+    check_bundle(bundle, store_url)
     with lasting_cluster(address):
-        url = start_endpoint(pinned, bundle, store_url, host, port)
+        url = start_endpoint(bundle, store_url, host, port)
     card, answer = smoke_request(url)
     report_endpoint(url, card, answer)
     return url
 
 
 @task
-def resolve_bundle(bundle: str, store_url: str | None) -> str:
-    """The reference with its version written out, fetched and checked: replicas load exactly this one."""
+def check_bundle(bundle: str, store_url: str | None) -> None:
+    """Fetch and check the bundle before any cluster is asked for; what is wrong with it is told here."""
     from workers.engine_args import EngineArgs
     from workers.loading import pin
 
-    return str(pin(EngineArgs(bundle=bundle, store_url=store_url)).bundle)
+    pin(EngineArgs(bundle=bundle, store_url=store_url))
 
 
 @contextmanager
@@ -56,14 +56,14 @@ def lasting_cluster(address: str | None) -> Iterator[None]:
 
 
 @task
-def start_endpoint(bundle: str, asked_as: str, store_url: str | None, host: str | None, port: int | None) -> str:
-    """Bring the Serve application up, or replace the one that runs; return its URL."""
+def start_endpoint(bundle: str, store_url: str | None, host: str | None, port: int | None) -> str:
+    """Bring the Serve application up, or change the one that runs; return its URL."""
     from infra.settings import read_settings
+    from workers.deploying import deploy
     from workers.engine_args import ServeArgs
-    from workers.serving import deploy
 
     settings = read_settings()
-    args = ServeArgs(bundle=bundle, asked_as=asked_as, store_url=store_url, num_threads=settings.num_threads)
+    args = ServeArgs(bundle=bundle, store_url=store_url, num_threads=settings.num_threads)
     return deploy(args, host=host or settings.host, port=settings.port if port is None else port)
 
 

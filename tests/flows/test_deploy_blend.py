@@ -22,7 +22,7 @@ def artifacts() -> dict[str, str]:
 
 def test_a_bundle_is_deployed_tried_and_reported(prefect, tiny_store_url):
     from workers.cluster import ray_session
-    from workers.serving import check_port, undeploy
+    from workers.deploying import check_port, undeploy
 
     port = check_port("127.0.0.1", 0)
     with ray_session(num_cpus=2):

@@ -44,7 +44,7 @@ def test_a_second_run_trains_and_registers_nothing(prefect, tiny_sd_dir, tmp_pat
     from flows.full_pipeline import full_pipeline
     from flows.local_services import free_port
     from workers.cluster import ray_session
-    from workers.serving import undeploy
+    from workers.deploying import undeploy
 
     monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     out, store = tmp_path / "out", tmp_path / "store"
