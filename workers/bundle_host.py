@@ -38,7 +38,8 @@ class BundleHost:
 
     def want(self, bundle: str | None) -> None:
         """Serve this bundle as soon as it is loaded; the same one again only looks whether its alias has moved."""
-        self._wanted = bundle
+        if bundle != self._wanted:
+            self._wanted, self.warning = bundle, None
         if self._settling is None or self._settling.done():
             self._settling = asyncio.create_task(self._settle())
 

@@ -24,6 +24,9 @@ class EngineArgs(BaseModel):
     # UNet rows in flight at once, and rows per forward
     max_rows: int = Field(64, ge=2)
     tile_rows: int = Field(24, ge=1)
+    # on a CPU with one thread an image is bit for bit the same whatever runs beside it; every forward is then padded to
+    # tile_rows, so choose that small (4 to 8)
+    deterministic: bool = False
     # memory in 10^9 bytes that the rows of one forward may take; None: 90 % of a GPU's free memory, or half of the
     # machine's. Larger images run in smaller forwards, and those of which not one row fits are refused
     memory_gb: float | None = Field(None, gt=0, allow_inf_nan=False)

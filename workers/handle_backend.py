@@ -5,6 +5,7 @@ sent again and makes the same images.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -81,7 +82,10 @@ class HandleBackend:
 
     async def _switched(self, bundle: str, ref: str) -> Health | Refusal:
         while True:
-            told: list[Health | Refusal] = await self._engine.broadcast("standing", bundle, ref).results_async()
+            told: list[Health | Refusal] = []
+            # while a replica takes its new configuration over, there is none to broadcast to
+            with contextlib.suppress(RayServeException):
+                told = await self._engine.broadcast("standing", bundle, ref).results_async()
             if told and all(isinstance(one, Health) and one.status == "ready" for one in told):
                 return told[0]
             refused = [one for one in told if isinstance(one, Refusal)]

@@ -59,7 +59,12 @@ def open_engine(args: EngineArgs, on_bytes: Progress | None = None) -> "Opened":
 
 
 def _engine_options(args: EngineArgs) -> dict[str, Any]:
-    return {"max_rows": args.max_rows, "tile_rows": args.tile_rows, "memory_bytes": args.memory_bytes}
+    return {
+        "max_rows": args.max_rows,
+        "tile_rows": args.tile_rows,
+        "deterministic": args.deterministic,
+        "memory_bytes": args.memory_bytes,
+    }
 
 
 def _open(args: EngineArgs, on_bytes: Progress | None) -> LoadedBundle:
