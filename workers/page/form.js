@@ -82,12 +82,18 @@ export function showFieldError(param, message) {
   const name = (param ?? "").split(".")[0];
   if (!(name in FIELDS)) return false;
   const note = byId(`error-${name}`);
-  note.textContent = message;
+  note.textContent = withoutPrefix(message, param);
   note.hidden = false;
   byId(FIELDS[name]).setAttribute("aria-invalid", "true");
   const details = note.closest("details");
   if (details) details.open = true;
   return true;
+}
+
+/** The server begins with the field's name, which the reader sees anyway. */
+function withoutPrefix(message, param) {
+  const text = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
+  return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
 export function clearFieldErrors() {

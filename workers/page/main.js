@@ -125,24 +125,33 @@ function followActions(card, store, runner) {
 }
 
 async function showEvaluation(card, names, store, views) {
-  const evaluation = await fetchEvaluation().catch(() => null);
-  const { name, version } = card.bundle;
-  byId("pareto").hidden = evaluation === null;
-  byId("pareto-empty").hidden = evaluation !== null;
-  if (evaluation === null) {
-    const bundle = version === null ? name : `${name}@${version}`;
-    byId("evaluate-command").textContent =
-      `diffusion-blend evaluate infra/runs/evaluate_quick.toml --bundle ${bundle}`;
+  let evaluation;
+  try {
+    evaluation = await fetchEvaluation();
+  } catch (error) {
+    byId("pareto-missing").textContent = `The evaluation could not be read: ${error.message}`;
     return;
   }
+  if (evaluation === null) return offerEvaluation(card);
+  byId("pareto-missing").hidden = true;
+  byId("pareto").hidden = false;
   const plot = new Pareto(evaluation, names, (point) => store.update(settingsOf(point, store)));
   const { prompts, seeds, num_inference_steps: steps, guidance_scale: guidance, date } = evaluation;
   byId("evaluated").textContent =
-    `Measured ${date}: ${prompts} prompts × ${seeds} seeds, ${steps} steps, guidance ${guidance}; thin lines are 95 % intervals.`;
+    `Measured ${date}: ${count(prompts, "prompt")} × ${count(seeds, "seed")}, ${steps} steps, guidance ${guidance}; thin lines are 95 % intervals.`;
   const view = (settings) => plot.show(settings);
   views.push(view);
   view(store.settings);
 }
+
+function offerEvaluation({ bundle }) {
+  byId("pareto-missing").textContent = "There is no evaluation of this bundle yet. This makes one:";
+  const name = bundle.version === null ? "NAME@VERSION" : `${bundle.name}@${bundle.version}`;
+  byId("evaluate-command").textContent = `diffusion-blend evaluate infra/runs/evaluate_quick.toml --bundle ${name}`;
+  byId("evaluate-command").parentElement.hidden = false;
+}
+
+const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 /** The base and the adapters alone belong to every method. */
 function settingsOf(point, store) {

@@ -30,7 +30,7 @@ export function createStage(hooks) {
       image.src = result.src;
       image.alt = altOf(settings);
       image.hidden = false;
-      byId("caption").textContent = captionOf(result);
+      showCaption(shown);
       showDownload(result);
       announce("The image is ready.");
       hooks.done(settings, result);
@@ -38,10 +38,12 @@ export function createStage(hooks) {
     cancelled() {
       settle(image, shown);
       showMessage("Cancelled.", "Make it again");
+      announce("Cancelled.");
       hooks.cancelled();
     },
     failed(error) {
       settle(image, shown);
+      announce(error.message);
       hooks.failed(error);
     },
     waiting(seconds, error) {
@@ -57,6 +59,8 @@ export function createStage(hooks) {
 /** Put the last finished image back after a preview that leads nowhere. */
 function settle(image, shown) {
   busy(false);
+  showCaption(shown);
+  byId("frame").classList.add("stale");
   if (shown) image.src = shown.result.src;
   else image.hidden = true;
 }
@@ -71,7 +75,7 @@ function soften(image, shown) {
 
 function busy(on) {
   byId("frame").setAttribute("aria-busy", on);
-  byId("frame").classList.toggle("busy", on);
+  byId("frame").classList.remove("stale");
   byId("cancel").hidden = !on;
   byId("progress").hidden = !on;
 }
@@ -89,7 +93,6 @@ export function showMessage(text, action = null) {
   byId("message-more").textContent = "";
   byId("retry").hidden = action === null;
   byId("retry").textContent = action ?? "";
-  byId("caption").textContent = "";
 }
 
 export function clearMessage() {
@@ -97,6 +100,10 @@ export function clearMessage() {
 }
 
 const altOf = (settings) => `${settings.prompt} ${describe(settings.weights)}, lambda ${settings.kl_lambda}`;
+
+function showCaption(shown) {
+  byId("caption").textContent = shown ? captionOf(shown.result) : "";
+}
 
 function captionOf({ usage, bundle }) {
   const seconds = (usage.queue_ms + usage.denoise_ms + usage.decode_ms) / 1000;
