@@ -18,6 +18,7 @@ VERB_MODULES = (
     "flows.cli_train",
     "flows.cli_evaluate",
     "flows.cli_generate",
+    "flows.cli_serve",
     "flows.cli_registry",
 )
 TRACEBACK_VARIABLE = "DIFFUSION_BLEND_TRACEBACK"

@@ -1,8 +1,9 @@
-"""Verbs `generate`, `serve` and `deploy`."""
+"""Verb `generate`, and the options that name what is loaded."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,16 +23,10 @@ Adapter = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 StoreUrl = Annotated[str | None, typer.Option("--store-url", help="Registry to look in; default: the settings.")]
-Host = Annotated[str | None, typer.Option("--host", help="Address to listen on; default: the settings, 127.0.0.1.")]
-Port = Annotated[
-    int | None, typer.Option("--port", min=0, max=65535, help="0 takes a free one; default: the settings, 8000.")
-]
 
 
 def register(app: typer.Typer) -> None:
     app.command()(generate)
-    app.command()(serve)
-    app.command()(deploy)
 
 
 def generate(
@@ -56,6 +51,9 @@ def generate(
     device: Device = "auto",
     store_url: StoreUrl = None,
     url: Annotated[str | None, typer.Option("--url", help="Ask a running endpoint instead.")] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="For that endpoint; default: DIFFUSION_BLEND_TOKEN.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="Default: blend-SEED.png.")
     ] = None,
@@ -80,73 +78,42 @@ def generate(
     if url is not None:
         if base or adapter or bundle or store_url:
             raise typer.BadParameter("the endpoint at --url has its own bundle: leave the bundle options out")
-        png, seed = _ask_endpoint(url, request)
+        png, seed = _ask_endpoint(url, request, token)
     else:
-        png, seed = _generate_here(_engine_args(bundle, base, adapter, device, store_url), request)
+        png, seed = _generate_here(engine_args(bundle, base, adapter, device, store_url), request)
     path = output or _free_name(seed)
     path.write_bytes(png)
     typer.echo(path)
 
 
-def serve(
-    bundle: Bundle = None,
-    base: Base = None,
-    adapter: Adapter = None,
-    host: Host = None,
-    port: Port = None,
-    device: Device = "auto",
-    store_url: StoreUrl = None,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Engines, one per device.")] = 1,
-    max_queue: Annotated[
-        float, typer.Option("--max-queue", min=0.1, help="Seconds of work that may wait before clients get 429.")
-    ] = 20.0,
-    tokens: Annotated[
-        Path | None, typer.Option("--tokens", help="File with NAME SCOPES SHA256 a line; clients then need a token.")
-    ] = None,
-) -> None:
-    """Serve a bundle over HTTP on Ray Serve until Ctrl-C."""
-    from infra.settings import read_settings
-    from workers.deploying import check_port
-    from workers.engine_args import ServeArgs
-
-    settings = read_settings()
-    args = _engine_args(bundle, base, adapter, device, store_url).model_dump()
-    args |= {"num_replicas": replicas, "max_queue_s": max_queue, "num_threads": settings.num_threads}
-    host = host or settings.host
-    port = check_port(host, settings.port if port is None else port)
-    typer.echo("Checking the bundle and starting Ray Serve ...", err=True)
-    _serve_until_stopped(ServeArgs.model_validate(args), host, port)
-
-
-def deploy(
-    bundle: Annotated[str, typer.Option("--bundle", help="NAME@ALIAS or NAME@VERSION.")] = "sprites@champion",
-    host: Host = None,
-    port: Port = None,
-    store_url: StoreUrl = None,
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster; default: RAY_ADDRESS.")] = None,
-) -> None:
-    """Deploy a bundle on a running Ray cluster (Prefect flow) and try it with one request."""
-    from flows.deploy_blend import deploy_blend
-
-    typer.echo(deploy_blend(bundle=bundle, store_url=store_url, host=host, port=port, address=address))
-
-
-def _ask_endpoint(url: str, request: "GenerationRequest") -> tuple[bytes, int]:
+def _ask_endpoint(url: str, request: "GenerationRequest", token: str | None) -> tuple[bytes, int]:
     import base64
 
-    from workers.client import request_images
+    from workers.client import stream_images
 
     began = time.perf_counter()
     typer.echo(f"Asking {url} ...", err=True)
-    answer = request_images(url, request)
-    image = answer.data[0]
-    _tell(answer.bundle.name, answer.weights, image.seed, time.perf_counter() - began)
+    with _steps_bar() as on_step:
+        [image] = stream_images(url, request, on_step, token)
+    _tell(image.bundle.name, image.weights, image.seed, time.perf_counter() - began)
     return base64.b64decode(image.b64_json), image.seed
 
 
-def _generate_here(args: "EngineArgs", request: "GenerationRequest") -> tuple[bytes, int]:
+@contextmanager
+def _steps_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (steps done, steps in all)."""
     from tqdm import tqdm
 
+    with tqdm(desc="Denoising", unit="step") as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_step
+
+
+def _generate_here(args: "EngineArgs", request: "GenerationRequest") -> tuple[bytes, int]:
     typer.echo(f"Loading {args.base or args.bundle_ref} ...", err=True)
     from transformers.utils import logging
 
@@ -162,8 +129,8 @@ def _generate_here(args: "EngineArgs", request: "GenerationRequest") -> tuple[by
         raise typer.BadParameter(f"this bundle has no default preference: give it, for example {example}")
     [sample] = plan(request, opened)
     began = time.perf_counter()
-    with tqdm(total=sample.num_inference_steps, desc="Denoising", unit="step") as bar:
-        [png] = generate_png([sample], opened, lambda done, total: bar.update(done - bar.n))
+    with _steps_bar() as on_step:
+        [png] = generate_png([sample], opened, on_step)
     seconds = time.perf_counter() - began
     _tell(opened.card.bundle.name, sample.preference.weights, sample.seed, seconds)
     return png, sample.seed
@@ -174,31 +141,7 @@ def _tell(bundle: str, weights: dict[str, float], seed: int, seconds: float) -> 
     typer.echo(f"{bundle}: {named}, seed {seed}, {seconds:.1f} s", err=True)
 
 
-def _serve_until_stopped(args: Any, host: str, port: int) -> None:
-    import signal
-    import threading
-
-    from workers.client import request_card
-    from workers.cluster import ray_session
-    from workers.deploying import deploy, undeploy
-    from workers.loading import pin
-
-    with transfer_bar("Fetching adapters") as on_bytes:
-        pin(args, on_bytes)
-    with ray_session():
-        url = deploy(args, host=host, port=port)
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        card = request_card(url)
-        typer.echo(f"{card.id} is ready at {url} (Ctrl-C stops it). Try:\n\n{card.curl_example(url)}\n")
-        while not stop.wait(1.0):
-            pass
-        typer.echo("Stopping ...", err=True)
-        undeploy()
-
-
-def _engine_args(
+def engine_args(
     bundle: str | None, base: str | None, adapter: Sequence[str] | None, device: str, store_url: str | None
 ) -> "EngineArgs":
     from workers.engine_args import EngineArgs

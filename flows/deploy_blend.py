@@ -18,11 +18,15 @@ def deploy_blend(
     host: str | None = None,
     port: int | None = None,
     address: str | None = None,
+    tokens: str | None = None,
 ) -> str:
-    """Serve `bundle` and return the endpoint's URL; `address` or RAY_ADDRESS names the Ray cluster."""
+    """Serve `bundle` and return the endpoint's URL; `address` or RAY_ADDRESS names the Ray cluster.
+
+    `tokens`: a token file on the cluster's machines; then DIFFUSION_BLEND_TOKEN must hold one of them.
+    """
     check_bundle(bundle, store_url)
     with lasting_cluster(address):
-        url = start_endpoint(bundle, store_url, host, port)
+        url = start_endpoint(bundle, store_url, host, port, tokens)
     card, answer = smoke_request(url)
     report_endpoint(url, card, answer)
     return url
@@ -56,14 +60,14 @@ def lasting_cluster(address: str | None) -> Iterator[None]:
 
 
 @task
-def start_endpoint(bundle: str, store_url: str | None, host: str | None, port: int | None) -> str:
+def start_endpoint(bundle: str, store_url: str | None, host: str | None, port: int | None, tokens: str | None) -> str:
     """Bring the Serve application up, or change the one that runs; return its URL."""
     from infra.settings import read_settings
     from workers.deploying import deploy
     from workers.engine_args import ServeArgs
 
     settings = read_settings()
-    args = ServeArgs(bundle=bundle, store_url=store_url, num_threads=settings.num_threads)
+    args = ServeArgs(bundle=bundle, store_url=store_url, tokens=tokens, num_threads=settings.num_threads)
     return deploy(args, host=host or settings.host, port=settings.port if port is None else port)
 
 

@@ -5,17 +5,23 @@ controller knows which bundle is wanted, hands it to replicas that run (which lo
 those that it starts later.
 """
 
+import contextlib
 import logging
 import socket
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from workers.api import Health, Refusal
 from workers.engine_args import ServeArgs
+from workers.model_card import ModelCard
+from workers.tokens import Tokens
 
 APP_NAME = "diffusion-blend"
 ENGINE = "Engine"
@@ -35,11 +41,13 @@ def deploy(args: ServeArgs, *, host: str = DEFAULT_HOST, port: int = DEFAULT_POR
 
     Serve has one HTTP proxy per cluster: when it already runs, its own host and port stay and are returned.
     The bundle is fetched and checked here first, so that a wrong one never touches what runs: its errors are those
-    of `workers.loading.pin`. ServingError when the application does not come up.
+    of `workers.loading.pin`, and TokenFileError for a token file. ServingError when the application does not come up.
     """
     from workers.loading import pin
 
-    pin(args)
+    ref = pin(args).bundle
+    if args.tokens:
+        Tokens(Path(args.tokens))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
@@ -49,9 +57,18 @@ def deploy(args: ServeArgs, *, host: str = DEFAULT_HOST, port: int = DEFAULT_POR
     try:
         _apply(_application(args))
         _wait_until_running()
+        if args.bundle_ref is not None:
+            outcome = wait_until_served(args.bundle_ref, str(ref))
+            if isinstance(outcome, Refusal):
+                raise ServingError(outcome.message)
     except RayError as error:
         raise ServingError(f"the endpoint did not come up: {error}") from error
     return address()
+
+
+def served_card() -> ModelCard:
+    """What is served, asked past the HTTP face and its tokens."""
+    return cast(ModelCard, serve.get_deployment_handle(ENGINE, APP_NAME).card.remote().result())
 
 
 def undeploy() -> None:
@@ -71,6 +88,25 @@ def change_bundle(bundle: str) -> None:
         application["deployments"].append(engine := {"name": ENGINE})
     engine["user_config"] = {"bundle": bundle}
     _apply(application)
+
+
+def wait_until_served(bundle: str, ref: str) -> Health | Refusal:
+    """Return when every replica serves `bundle` in the version `ref`; a Refusal when one could not load it."""
+    engine = serve.get_deployment_handle(ENGINE, APP_NAME)
+    deadline = time.monotonic() + DEPLOY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        told: list[Health | Refusal] = []
+        # while a replica takes its new configuration over, there is none to broadcast to
+        with contextlib.suppress(RayServeException):
+            told = engine.broadcast("standing", bundle, ref).results()
+        refused = [one for one in told if isinstance(one, Refusal)]
+        if refused:
+            return refused[0]
+        if told and all(isinstance(one, Health) and one.status == "ready" for one in told):
+            return told[0]
+        time.sleep(POLL_S)
+    message = f"{bundle} is still being loaded after {DEPLOY_TIMEOUT_S:g} s; see /readyz"
+    return Refusal(status=503, message=message, type="unavailable_error", retry_after_s=30)
 
 
 def address() -> str:

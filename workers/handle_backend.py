@@ -5,7 +5,6 @@ sent again and makes the same images.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from workers.api import Caller, GenerationRequest, GenerationResponse, Health, Refusal
+from workers.deploying import change_bundle, wait_until_served
 from workers.events import Event, PartialImageEvent, ProgressEvent
 from workers.latest_evaluation import LatestEvaluation
 from workers.model_card import ModelCard
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 # A replica dies, and its successor too: the request is likely to be the cause.
 ATTEMPTS = 2
-SWITCH_TIMEOUT_S = 300.0
 LOST = unavailable("the engine replica was lost while it worked on this request; send it again")
 
 
@@ -68,30 +67,11 @@ class HandleBackend:
 
     async def switch(self, bundle: str) -> Health | Refusal:
         """Make every replica, and every later one, serve `bundle`; return when they do or one could not."""
-        from workers.deploying import change_bundle
-
         found = await self._ask("resolve", bundle)
         if isinstance(found, Refusal):
             return found
-        try:
-            await asyncio.to_thread(change_bundle, bundle)
-            async with asyncio.timeout(SWITCH_TIMEOUT_S):
-                return await self._switched(bundle, found)
-        except TimeoutError:
-            return unavailable(f"{bundle} is still being loaded after {SWITCH_TIMEOUT_S:g} s; see /readyz")
-
-    async def _switched(self, bundle: str, ref: str) -> Health | Refusal:
-        while True:
-            told: list[Health | Refusal] = []
-            # while a replica takes its new configuration over, there is none to broadcast to
-            with contextlib.suppress(RayServeException):
-                told = await self._engine.broadcast("standing", bundle, ref).results_async()
-            if told and all(isinstance(one, Health) and one.status == "ready" for one in told):
-                return told[0]
-            refused = [one for one in told if isinstance(one, Refusal)]
-            if refused:
-                return refused[0]
-            await asyncio.sleep(0.2)
+        await asyncio.to_thread(change_bundle, bundle)
+        return await asyncio.to_thread(wait_until_served, bundle, found)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         for attempt in range(1, ATTEMPTS + 1):

@@ -70,11 +70,12 @@ class ModelCard(BaseModel):
         """Weights that work here: the default, or all on the first basis adapter."""
         return self.defaults.weights or {self.basis[0].name: 1.0}
 
-    def curl_example(self, url: str) -> str:
+    def curl_example(self, url: str, *, with_token: bool = False) -> str:
         """A command to copy that asks the endpoint at `url` for one image."""
+        token = ' -H "Authorization: Bearer $DIFFUSION_BLEND_TOKEN"' if with_token else ""
         body = json.dumps({"prompt": "A red colored car.", "weights": self.example_weights(), "seed": 7})
         return (
-            f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+            f"curl -s {url}/v1/images/generations -H 'Content-Type: application/json'{token} \\\n"
             f"  -d '{body}' \\\n"
             "  | python3 -c 'import base64, json, sys; "
             'open("image.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\''
