@@ -130,6 +130,8 @@ class Caller(BaseModel):
     """Who asks, and until when it is worth answering."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    # of the HTTP request, for the logs
+    request_id: str | None = None
     # shares the engine fairly with the other clients
     client: str = "local"
     # seconds from now after which the answer is of no use; None: no limit

@@ -46,13 +46,31 @@ class Access:
     request_id: str
     client: str
     facts: dict[str, object] = field(default_factory=dict)
+    # how a stream ended whose answer had begun as a 200
+    outcome: int | None = None
+
+    def refused(self, refusal: Refusal) -> None:
+        """What was begun ends with an error."""
+        self.outcome = refusal.status
 
 
 class Guard:
-    """ASGI middleware. `tokens` None: everyone may ask for images and no one may change the bundle."""
+    """ASGI middleware. `tokens` None: everyone may ask for images and no one may change the bundle.
 
-    def __init__(self, app: ASGIApp, *, tokens: Tokens | None, max_concurrent: int, metrics: Metrics) -> None:
+    `echo_ids` False: what stands before it sends a client's own request id back.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        tokens: Tokens | None,
+        max_concurrent: int,
+        metrics: Metrics,
+        echo_ids: bool = True,
+    ) -> None:
         self._app = app
+        self._echo_ids = echo_ids
         self._tokens = tokens
         self._max_concurrent = max_concurrent
         self._metrics = metrics
@@ -62,16 +80,20 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), CLIENT_LEFT
+        began, status, whole = time.perf_counter(), CLIENT_LEFT, False
         headers = {name.lower(): value for name, value in scope["headers"]}
-        access = Access(_request_id(headers), _address(scope))
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        access = Access(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, _address(scope))
+        sent_id = None if access.request_id == given and not self._echo_ids else access.request_id
         scope.setdefault("state", {})["access"] = access
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = _with_headers(message["headers"], access.request_id)
+                message["headers"] = _with_headers(message["headers"], sent_id)
+            elif not message.get("more_body"):
+                whole = True
             await send(message)
 
         self._running += 1
@@ -83,7 +105,8 @@ class Guard:
             else:
                 await answer_of(refusal)(scope, receive, answer)
         except Exception as error:
-            log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            log.error("request_failed", exc_info=error, extra={"facts": {"request_id": access.request_id}})
+            access.outcome = 500
             if status != CLIENT_LEFT:
                 raise  # an answer had begun
             message = "the service failed; its log says why"
@@ -91,7 +114,7 @@ class Guard:
         finally:
             self._running -= 1
             self._metrics.in_flight(self._running)
-            self._note(scope, access, status, time.perf_counter() - began)
+            self._note(scope, access, access.outcome or (status if whole else CLIENT_LEFT), time.perf_counter() - began)
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes], access: Access) -> Refusal | None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -131,8 +154,7 @@ class Guard:
         return None
 
     def _note(self, scope: Scope, access: Access, status: int, seconds: float) -> None:
-        # set by the router once a route has matched; anything else would let clients invent label values
-        route = getattr(scope.get("route"), "path", "other")
+        route = _route(scope)
         self._metrics.request(route=route, status=status, seconds=seconds)
         log.info(
             "request",
@@ -158,15 +180,18 @@ def answer_of(refusal: Refusal) -> JSONResponse:
     return JSONResponse(refusal.body(), status_code=refusal.status, headers=headers)
 
 
-def _request_id(headers: dict[bytes, bytes]) -> str:
-    given = headers.get(b"x-request-id", b"").decode("latin-1")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
 def _address(scope: Scope) -> str:
     return str(scope["client"][0]) if scope.get("client") else "unknown"
 
 
-def _with_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
-    added = {**SECURITY_HEADERS, "X-Request-ID": request_id}
+def _route(scope: Scope) -> str:
+    """The route by its own name, also of what was refused before it was looked for: clients cannot invent values."""
+    if (found := getattr(scope.get("route"), "path", None)) is not None:
+        return str(found)
+    known = {getattr(route, "path", None) for route in scope["app"].routes} if "app" in scope else set()
+    return scope["path"] if scope["path"] in known else "other"
+
+
+def _with_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str | None) -> list[tuple[bytes, bytes]]:
+    added = SECURITY_HEADERS if request_id is None else {**SECURITY_HEADERS, "X-Request-ID": request_id}
     return [*headers, *((name.lower().encode(), value.encode()) for name, value in added.items())]

@@ -91,7 +91,7 @@ class HandleBackend:
 
 
 def _lost(error: RayActorError, request: GenerationRequest, caller: Caller, attempt: int) -> Caller:
-    facts = {"seed": request.seed, "attempt": attempt, "reason": type(error).__name__}
+    facts = {"request_id": caller.request_id, "seed": request.seed, "attempt": attempt, "reason": type(error).__name__}
     log.warning("replica_lost", extra={"facts": facts})
     return caller.model_copy(update={"admitted": True})
 

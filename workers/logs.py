@@ -1,12 +1,15 @@
-"""Logs as one JSON object a line: what happened, and the facts of it."""
+"""Logs as one JSON object a line: what happened, and the facts of it. Never a prompt, never a token."""
 
 import json
 import logging
 import sys
 import time
-from typing import TextIO
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
 AUDIT = "diffusion_blend.audit"
+MAX_BYTES = 100_000_000
+OLD_FILES = 3
 
 
 class JsonFormatter(logging.Formatter):
@@ -22,18 +25,37 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)
 
 
-def log_as_json(stream: TextIO | None = None) -> None:
-    """Let this process's own loggers write JSON lines to `stream` (stderr: under Ray, the worker's own log file)."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+def log_as_json(path: Path | None = None) -> None:
+    """Let this process's own loggers write JSON lines to `path`, of which three old ones are kept.
+
+    Without a path: beside the log file that Serve keeps for this replica, or to stderr where there is none.
+    """
+    path = path or _beside_serve()
+    handler: logging.Handler
+    if path is None:
+        handler = logging.StreamHandler(sys.stderr)
+    else:
+        handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=OLD_FILES, encoding="utf-8")
     handler.setFormatter(JsonFormatter())
     for name in ("workers", AUDIT):
         logger = logging.getLogger(name)
+        for old in logger.handlers:
+            old.close()
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def _beside_serve() -> Path | None:
+    for handler in logging.getLogger("ray.serve").handlers:
+        # Serve writes to its file through a buffer
+        file = getattr(handler, "target", handler)
+        if isinstance(file, logging.FileHandler):
+            return Path(file.baseFilename).with_suffix(".jsonl")
+    return None
 
 
 def audit(action: str, **facts: object) -> None:

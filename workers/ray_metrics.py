@@ -5,7 +5,6 @@ into, so that sums and means are those of the buckets' middles.
 """
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +60,8 @@ class RayMetrics(Metrics):
 
     def __init__(self) -> None:
         self._metrics = {name: declared.build(name) for name, declared in DECLARED.items()}
-        self._gauges: dict[str, tuple[float, Mapping[str, str]]] = {}
+        self._gauges: dict[str, tuple[float, dict[str, str]]] = {}
+        self._lock = threading.Lock()
         threading.Thread(target=self._repeat, name="blend-gauges", daemon=True).start()
 
     def step(self, *, seconds: float, rows: float, occupancy: float, backlog_s: float) -> None:
@@ -77,8 +77,9 @@ class RayMetrics(Metrics):
         self._metrics["queue_seconds"].observe(queue_s)
 
     def serving(self, *, name: str, version: int | None, digest: str) -> None:
-        if "bundle_info" in self._gauges:
-            self._metrics["bundle_info"].set(0, self._gauges["bundle_info"][1])
+        with self._lock:
+            if "bundle_info" in self._gauges:
+                self._metrics["bundle_info"].set(0, self._gauges.pop("bundle_info")[1])
         self._set("bundle_info", 1, {"name": name, "version": str(version or ""), "digest": digest})
 
     def request(self, *, route: str, status: int, seconds: float) -> None:
@@ -88,12 +89,14 @@ class RayMetrics(Metrics):
     def in_flight(self, count: int) -> None:
         self._set("requests_in_flight", count)
 
-    def _set(self, name: str, value: float, labels: Mapping[str, str] | None = None) -> None:
-        self._gauges[name] = (value, labels or {})
-        self._metrics[name].set(value, dict(labels or {}))
+    def _set(self, name: str, value: float, labels: dict[str, str] | None = None) -> None:
+        with self._lock:
+            self._gauges[name] = (value, labels or {})
+            self._metrics[name].set(value, labels)
 
     def _repeat(self) -> None:
         pause = threading.Event()
         while not pause.wait(REPEAT_S):
-            for name, (value, labels) in list(self._gauges.items()):
-                self._metrics[name].set(value, dict(labels))
+            with self._lock:
+                for name, (value, labels) in self._gauges.items():
+                    self._metrics[name].set(value, labels)

@@ -67,8 +67,9 @@ def create_http(
     tokens: Tokens | None = None,
     metrics: Metrics | None = None,
     max_concurrent: int = MAX_CONCURRENT,
+    echo_ids: bool = True,
 ) -> FastAPI:
-    """The application over `backend`; without tokens anyone may ask for images."""
+    """The application over `backend`; without tokens anyone may ask for images. `echo_ids` as in `Guard`."""
     app = FastAPI(
         title="Diffusion Blend",
         version="1",
@@ -81,7 +82,13 @@ def create_http(
     _add_images(app, backend)
     _add_facts(app, backend)
     _add_page(app)
-    app.add_middleware(Guard, tokens=tokens, max_concurrent=max_concurrent, metrics=metrics or Metrics())
+    app.add_middleware(
+        Guard,
+        tokens=tokens,
+        max_concurrent=max_concurrent,
+        metrics=metrics or Metrics(),
+        echo_ids=echo_ids,
+    )
     describe(app)
     return app
 
@@ -93,12 +100,12 @@ def _add_images(app: FastAPI, backend: Backend) -> None:
         access: Access = request.state.access
         wanted = read_request(await _read_body(request)).with_seed()
         access.facts |= {"n": wanted.n, "blend": wanted.method, "stream": wanted.stream}
-        caller = Caller(client=access.client, deadline_s=_deadline(request))
+        caller = Caller(client=access.client, request_id=access.request_id, deadline_s=_deadline(request))
         if not wanted.stream:
             return _answer(await while_connected(request.receive, backend.generate(wanted, caller)))
         events = backend.stream(wanted, caller)
         first = await first_event(request, events)
-        return answer_of(first) if isinstance(first, Refusal) else EventStream(first, events)
+        return answer_of(first) if isinstance(first, Refusal) else EventStream(first, events, access.refused)
 
     @app.post("/v1/admin/bundle", response_model=Health, **BUNDLE_CHANGE)
     async def change_bundle(request: Request) -> Response:

@@ -73,8 +73,11 @@ class GenerationService:
             job = self._enter(request, caller)
             finished = await self.loop.finish(job)
         except Exception as error:
-            return _refusal_of(error)
-        return await asyncio.to_thread(self._respond, job, finished)
+            return _refused(error, caller)
+        except asyncio.CancelledError:
+            _note("given_up", caller)
+            raise
+        return await asyncio.to_thread(self._respond, job, finished, caller)
 
     async def stream(self, request: GenerationRequest, caller: Caller = ANYONE) -> AsyncIterator[Event | Refusal]:
         """The same, told on the way; a Refusal ends it. Closing the iterator frees the rows within a step."""
@@ -87,7 +90,7 @@ class GenerationService:
         try:
             job = self._enter(request, caller, listen)
         except Exception as error:
-            yield _refusal_of(error)
+            yield _refused(error, caller)
             return
         ended = asyncio.wrap_future(job.future)
         ended.add_done_callback(lambda _: events.put_nowait(None))
@@ -98,13 +101,14 @@ class GenerationService:
                     yield ProgressEvent(step=what.step, total=what.total)
                 else:
                     yield await asyncio.to_thread(self._partial, job, what)
-            answer = await asyncio.to_thread(self._respond, job, ended.result())
+            answer = await asyncio.to_thread(self._respond, job, ended.result(), caller)
             for event in completed_events(answer, self._size(job.samples[0])):
                 yield event
         except Exception as error:
-            yield _refusal_of(error)
+            yield _refused(error, caller)
         finally:
             if not ended.done():
+                _note("given_up", caller)
                 ended.cancel()
                 self.loop.leave(job)
 
@@ -137,15 +141,18 @@ class GenerationService:
         self, request: GenerationRequest, caller: Caller, listener: Callable[[Progress | Preview], None] | None = None
     ) -> Job:
         samples = plan(request, self.opened)
-        return self.loop.enter(
+        work, backlog_s = forecast(samples, self.opened.basis), self.loop.backlog_s
+        job = self.loop.enter(
             samples,
-            forecast(samples, self.opened.basis),
+            work,
             client=caller.client,
             deadline_s=caller.deadline_s,
             admitted=caller.admitted,
             listener=listener,
             previews=request.partial_images,
         )
+        _note("taken_in", caller, images=len(samples), rows=work.rows, backlog_s=round(backlog_s, 3))
+        return job
 
     def _probe(self, seed: int, *, steps: int) -> Sample:
         weights = {name: 1.0 if index == 0 else 0.0 for index, name in enumerate(self.opened.basis)}
@@ -167,13 +174,21 @@ class GenerationService:
             size=self._size(job.samples[what.image]),
         )
 
-    def _respond(self, job: Job, finished: Finished) -> GenerationResponse:
+    def _respond(self, job: Job, finished: Finished, caller: Caller) -> GenerationResponse:
         card, preference = self.opened.card, job.samples[0].preference
         data = [
             ImageData(b64_json=_base64(encode_png(pixels, facts_of(sample, card))), seed=sample.seed)
             for sample, pixels in zip(job.samples, finished.images, strict=True)
         ]
+        usage = Usage(
+            rows=finished.rows,
+            steps=job.samples[0].num_inference_steps,
+            queue_ms=round(finished.queue_ms, 3),
+            denoise_ms=round(finished.denoise_ms, 3),
+            decode_ms=round(finished.decode_ms, 3),
+        )
         self.metrics.answered(method=preference.method, images=len(data), queue_s=finished.queue_ms / 1e3)
+        _note("answered", caller, images=len(data), method=preference.method, **usage.model_dump())
         return GenerationResponse(
             created=int(time.time()),
             data=data,
@@ -181,18 +196,24 @@ class GenerationService:
             weights=preference.weights,
             kl_lambda=preference.kl_lambda,
             method=preference.method,
-            usage=Usage(
-                rows=finished.rows,
-                steps=job.samples[0].num_inference_steps,
-                queue_ms=round(finished.queue_ms, 3),
-                denoise_ms=round(finished.denoise_ms, 3),
-                decode_ms=round(finished.decode_ms, 3),
-            ),
+            usage=usage,
         )
 
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def _note(event: str, caller: Caller, **facts: object) -> None:
+    log.info(event, extra={"facts": {"request_id": caller.request_id, **facts}})
+
+
+def _refused(error: Exception, caller: Caller) -> Refusal:
+    refusal = _refusal_of(error)
+    # the message, and what comes after a dot in the field's name, may be the client's own words
+    field = (refusal.param or "").partition(".")[0] or None
+    _note("refused", caller, status=refusal.status, type=refusal.type, param=field)
+    return refusal
 
 
 def _refusal_of(error: Exception) -> Refusal:

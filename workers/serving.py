@@ -128,6 +128,8 @@ class Ingress:
             tokens=Tokens(Path(self._args.tokens)) if self._args.tokens else None,
             metrics=RayMetrics(),
             max_concurrent=self._args.max_concurrent,
+            # Serve's proxy sends it back itself
+            echo_ids=False,
         )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -43,15 +43,21 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Answers with `first` and then `rest`; a Refusal in place of an event becomes an `error` event, the last one."""
+    """Answers with `first` and then `rest`.
+
+    A Refusal in place of an event becomes an `error` event, the last one; `on_refusal` hears of it.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Event, rest: AsyncIterator[Event | Refusal]) -> None:
+    def __init__(
+        self, first: Event, rest: AsyncIterator[Event | Refusal], on_refusal: Callable[[Refusal], None]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
+        self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -62,6 +68,8 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": encode_event(self._first), "more_body": True})
         async with contextlib.aclosing(self._rest) as events:  # type: ignore[type-var]
             async for event in events:
+                if isinstance(event, Refusal):
+                    self._on_refusal(event)
                 await send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
