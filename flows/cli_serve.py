@@ -32,6 +32,10 @@ def serve(
     adapter: Adapter = None,
     host: Host = None,
     port: Port = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", min=0, max=65535, help="Of the Prometheus page; default: a free one."),
+    ] = None,
     device: Device = "auto",
     store_url: StoreUrl = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Engines, one per device.")] = 1,
@@ -55,8 +59,10 @@ def serve(
     }
     host = host or settings.host
     port = check_port(host, settings.port if port is None else port)
+    if metrics_port:
+        check_port("", metrics_port, "--metrics-port")
     typer.echo("Checking the bundle and starting Ray Serve ...", err=True)
-    _serve_until_stopped(ServeArgs.model_validate(args), host, port)
+    _serve_until_stopped(ServeArgs.model_validate(args), host, port, metrics_port)
 
 
 def deploy(
@@ -74,17 +80,18 @@ def deploy(
     typer.echo(deploy_blend(bundle=bundle, store_url=store_url, host=host, port=port, address=address, tokens=file))
 
 
-def _serve_until_stopped(args: "ServeArgs", host: str, port: int) -> None:
+def _serve_until_stopped(args: "ServeArgs", host: str, port: int, metrics_port: int | None) -> None:
     import signal
     import threading
 
     from workers.cluster import ray_session
     from workers.deploying import deploy, served_card, undeploy
     from workers.loading import pin
+    from workers.whereabouts import log_files, metrics_pages
 
     with transfer_bar("Fetching adapters") as on_bytes:
         pin(args, on_bytes)
-    with ray_session():
+    with ray_session(metrics_port=metrics_port):
         url = deploy(args, host=host, port=port)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,6 +99,7 @@ def _serve_until_stopped(args: "ServeArgs", host: str, port: int) -> None:
         card = served_card()
         example = card.curl_example(url, with_token=args.tokens is not None)
         typer.echo(f"{card.id} is ready at {url} (Ctrl-C stops it). Open that in a browser, or try:\n\n{example}\n")
+        typer.echo(f"Metrics: {' '.join(metrics_pages()) or 'switched off'}\nLogs: {log_files()}")
         while not stop.wait(1.0):
             pass
         typer.echo("Stopping ...", err=True)

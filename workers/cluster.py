@@ -26,10 +26,13 @@ RAY_ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[str]:
+def ray_session(
+    num_cpus: int | None = None, num_gpus: int | None = None, metrics_port: int | None = None
+) -> Iterator[str]:
     """Yield the address of a connected cluster; at the end leave or stop only what was started here.
 
-    num_cpus and num_gpus size a private cluster (None: all there is). Nested sessions share one cluster.
+    num_cpus and num_gpus size a private cluster (None: all there is); metrics_port is that of its Prometheus page
+    (None: a free one). Nested sessions share one cluster.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -46,6 +49,7 @@ def ray_session(num_cpus: int | None = None, num_gpus: int | None = None) -> Ite
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             include_dashboard=False,
+            _metrics_export_port=metrics_port,
             logging_level=logging.WARNING,
             # workers report through actors and exceptions; what they print stays in Ray's session directory
             log_to_driver=False,

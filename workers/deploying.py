@@ -116,7 +116,7 @@ def address() -> str:
     return f"http://{host}:{options.port}"
 
 
-def check_port(host: str, port: int) -> int:
+def check_port(host: str, port: int, option: str = "--port") -> int:
     """`port` if it can be listened on (0: a free one); ServingError otherwise."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -124,7 +124,7 @@ def check_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             reason = error.strerror or str(error)
-            raise ServingError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
+            raise ServingError(f"cannot listen on {host}:{port}: {reason}; choose another {option}") from None
         return int(probe.getsockname()[1])
 
 
