@@ -265,8 +265,8 @@ class EngineLoop:
                 decode_ms=1e3 * (time.perf_counter() - denoised),
             )
             if not job.future.done() and job.future.set_running_or_notify_cancel():
-                job.future.set_result(finished)
                 self.counts["finished"] += 1
+                job.future.set_result(finished)
         except Exception as error:
             log.exception("decoding failed")
             self.fault = f"the last decoding failed: {type(error).__name__}"
@@ -287,8 +287,8 @@ class EngineLoop:
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not job.future.done() and job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
             self.counts["failed"] += 1
+            job.future.set_exception(error)
 
 
 def _is_fault(error: Exception | None) -> bool:

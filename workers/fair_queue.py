@@ -47,7 +47,9 @@ class FairQueue:
         group.remove(job)
         if not group:
             del self._waiting[job.client]
-        # a client that is away needs its clock only while it is ahead of the others
+        # who is away needs a clock only while it is ahead of someone who waits
         self._clocks = {
-            name: clock for name, clock in self._clocks.items() if name in self._waiting or clock > self._now
+            name: clock
+            for name, clock in self._clocks.items()
+            if self._waiting and (name in self._waiting or clock > self._now)
         }

@@ -5,7 +5,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from infra.errors import InfraError
-from infra.evaluations import evaluations_behind
+from infra.evaluations import evaluations_behind, evaluations_of
+from infra.storage import open_store
 from workers.api import Refusal
 from workers.bundles import find_record
 from workers.engine_args import EngineArgs
@@ -50,8 +51,11 @@ def latest_evaluation(args: EngineArgs, card: ModelCard) -> LatestEvaluation | R
         return _none("a base with adapters by path has no evaluations: publish a bundle and serve that")
     ref = f"{card.bundle.name}@{card.bundle.version}"
     try:
-        registry, record = find_record(ref, settings_of(args))
-        found = evaluations_behind(registry, record)
+        settings = settings_of(args)
+        registry, record = find_record(ref, settings)
+        # a bundle that comes with the package is evaluated into the user's own store
+        own = evaluations_of(open_store(settings.store_url, settings), record)
+        found = own or evaluations_behind(registry, record)
     except InfraError as error:
         return Refusal(status=503, message=f"evaluations cannot be read now: {error}", type="unavailable_error")
     if not found:
