@@ -182,7 +182,7 @@ class GenerationResponse(BaseModel):
 class ErrorDetail(BaseModel):
     message: str
     type: str
-    param: str | None
+    param: str | None = None
 
 
 class ErrorAnswer(BaseModel):
