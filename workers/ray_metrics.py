@@ -35,7 +35,10 @@ class Declared:
 DECLARED = {
     "requests": Declared(Counter, "HTTP requests answered; status 499: the client left", ("route", "status")),
     "request_seconds": Declared(
-        Histogram, "Seconds of an HTTP request", ("route",), (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120)
+        Histogram,
+        "Seconds of an HTTP request",
+        ("route", "status"),
+        (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120),
     ),
     "requests_in_flight": Declared(Gauge, "HTTP requests being answered"),
     "answers": Declared(Counter, "Requests answered with images", ("method",)),
@@ -83,8 +86,9 @@ class RayMetrics(Metrics):
         self._set("bundle_info", 1, {"name": name, "version": str(version or ""), "digest": digest})
 
     def request(self, *, route: str, status: int, seconds: float) -> None:
-        self._metrics["requests"].inc(1, {"route": route, "status": str(status)})
-        self._metrics["request_seconds"].observe(seconds, {"route": route})
+        labels = {"route": route, "status": str(status)}
+        self._metrics["requests"].inc(1, labels)
+        self._metrics["request_seconds"].observe(seconds, labels)
 
     def in_flight(self, count: int) -> None:
         self._set("requests_in_flight", count)

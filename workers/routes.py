@@ -99,7 +99,7 @@ def _add_images(app: FastAPI, backend: Backend) -> None:
         """Make images. With `stream` the answer is server-sent events: progress, previews, then each image."""
         access: Access = request.state.access
         wanted = read_request(await _read_body(request)).with_seed()
-        access.facts |= {"n": wanted.n, "blend": wanted.method, "stream": wanted.stream}
+        access.facts |= {"images": wanted.n, "stream": wanted.stream}
         caller = Caller(client=access.client, request_id=access.request_id, deadline_s=_deadline(request))
         if not wanted.stream:
             return _answer(await while_connected(request.receive, backend.generate(wanted, caller)))
