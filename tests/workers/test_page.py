@@ -108,6 +108,15 @@ def test_a_click_outside_goes_to_the_nearest_point_of_the_triangle(visit):
     assert tab.settle().weights[NAMES[0]] == 1.0
 
 
+def test_words_that_were_typed_but_not_sent_are_not_lost_to_a_drag(visit):
+    tab = visit().open_quick()
+    tab.settle()
+    tab.page.get_by_label("Prompt", exact=True).fill("A blue colored bird.")
+    tab.page.mouse.click(*corner(tab, (0.1, 0.1, 0.8)))
+    facts = tab.settle()
+    assert (facts.prompt, facts.weights[NAMES[2]]) == ("A blue colored bird.", 0.8)
+
+
 def test_the_keyboard_moves_the_picker(visit):
     tab = visit().open_quick()
     before = tab.settle().weights

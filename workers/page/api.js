@@ -34,9 +34,8 @@ export async function fetchEvaluation() {
 /** One image, whole. */
 export async function requestImage(body, signal) {
   const answer = await post(body, signal);
-  const made = await readJson(answer);
-  const [image] = made.data;
-  return { ...made, src: pngUrl(image.b64_json), seed: image.seed };
+  const { data, ...facts } = await readJson(answer);
+  return { ...facts, src: pngUrl(data[0].b64_json), seed: data[0].seed };
 }
 
 /** One image with previews on the way: `onProgress(step, total)` and `onPreview(url)`. */

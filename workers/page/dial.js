@@ -1,6 +1,7 @@
 /** The strength dial lambda: 0 is the base model, 1 as trained, above 1 extrapolates. */
 
 import { byId, el } from "./dom.js";
+import { methodName } from "./methods.js";
 import { topLambda } from "./settings.js";
 
 const STEP = 0.05;
@@ -45,7 +46,7 @@ const isBeyond = (settings, card) => {
 function note(settings, card, top) {
   const value = settings.kl_lambda;
   if (top < card.kl_lambda_range[1] && value >= top) {
-    return `The method "${settings.method}" goes no further than 1. Others extrapolate.`;
+    return `${methodName(settings.method)} goes no further than 1; other methods do.`;
   }
   if (value === 0) return "The base model: the weights have no effect here.";
   if (isBeyond(settings, card)) {

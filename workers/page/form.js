@@ -17,9 +17,12 @@ export function createForm(card, store) {
   followNumber("seed", store, (seed) => ({ seed: Math.round(seed) }));
   followNumber("steps", store, (steps) => ({ steps: Math.round(steps) }));
   followNumber("guidance", store, (guidance) => ({ guidance }));
+  const shown = {};
   return (settings) => {
-    for (const name of ["method", "seed", "steps", "guidance"]) byId(name).value = settings[name];
-    if (byId("prompt").value.trim() !== settings.prompt) byId("prompt").value = settings.prompt;
+    // What is being typed stays while something else moves.
+    for (const name of ["prompt", "method", "seed", "steps", "guidance"]) {
+      if (shown[name] !== settings[name]) byId(name).value = shown[name] = settings[name];
+    }
     fitPrompt();
     byId("method-about").textContent = methodAbout(settings.method);
   };
@@ -32,6 +35,10 @@ function followPrompt(store) {
     if (prompt) store.update({ prompt }, { force: true });
     else showFieldError("prompt", "Write what to draw first.");
   };
+  field.addEventListener("change", () => {
+    const prompt = field.value.trim();
+    if (prompt) store.update({ prompt });
+  });
   byId("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     submit();

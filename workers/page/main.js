@@ -70,6 +70,7 @@ function start(card) {
     for (const view of views) view(settings);
     if (change.locks) return;
     clearFieldErrors();
+    strip?.pause();
     runner.want(settings, { force: change.force, atOnce: change.gesture === null });
   });
   for (const view of views) view(store.settings);
@@ -138,7 +139,7 @@ async function showEvaluation(card, names, store, views) {
   const plot = new Pareto(evaluation, names, (point) => store.update(settingsOf(point, store)));
   const { prompts, seeds, num_inference_steps: steps, guidance_scale: guidance, date } = evaluation;
   byId("evaluated").textContent =
-    `Measured ${date}: ${count(prompts, "prompt")} × ${count(seeds, "seed")}, ${steps} steps, guidance ${guidance}; thin lines are 95 % intervals.`;
+    `Measured ${date}: ${count(prompts, "prompt")} × ${count(seeds, "seed")}, ${steps} steps, guidance ${guidance}; thin lines are 95 % intervals. Up and right is better; a click moves the picker.`;
   const view = (settings) => plot.show(settings);
   views.push(view);
   view(store.settings);

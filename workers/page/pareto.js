@@ -62,7 +62,7 @@ export class Pareto {
     const [x, y] = this.axes.map((reward, index) => {
       const ends = this.evaluation.points.flatMap(({ rewards }) => [rewards[reward].low, rewards[reward].high]);
       const span = index === 0 ? [EDGE.left, width - EDGE.right] : [height - EDGE.bottom, EDGE.top];
-      return linearScale(ends, ...span, index === 0 && width < 420 ? 4 : 5);
+      return linearScale(ends, ...span, index === 0 && width < 420 ? 4 : 6);
     });
     this.scales = [x, y];
     const picture = svg("svg", {

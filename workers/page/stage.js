@@ -105,10 +105,9 @@ function showCaption(shown) {
   byId("caption").textContent = shown ? captionOf(shown.result) : "";
 }
 
-function captionOf({ usage, bundle }) {
+function captionOf({ usage }) {
   const seconds = (usage.queue_ms + usage.denoise_ms + usage.decode_ms) / 1000;
-  const version = bundle.version === null ? "" : `@${bundle.version}`;
-  return `${bundle.name}${version} · ${usage.steps} steps · ${usage.rows} model rows · ${seconds.toFixed(1)} s`;
+  return `${usage.steps} steps · ${usage.rows} model rows · ${seconds.toFixed(1)} s`;
 }
 
 function showDownload(result) {

@@ -9,7 +9,6 @@ import { equalWeights, oneHot, sameWeights } from "./weights.js";
 /** Fills tiles one at a time whenever `resume` is called, until `pause`: the user's own image goes first. */
 export class Strip {
   #controller = null;
-  #settings = null;
 
   constructor(names, onPick) {
     const places = names.map((name) => ({ label: name, weights: oneHot(names, name) }));
@@ -21,13 +20,11 @@ export class Strip {
 
   /** Show what is known of the tiles for these settings. */
   show(settings) {
-    this.#settings = settings;
     for (const tile of this.tiles) {
-      const here = { ...settings, weights: tile.weights };
-      tile.key = here;
+      tile.settings = { ...settings, weights: tile.weights };
       const chosen = sameWeights(tile.weights, settings.weights);
       tile.face.setAttribute("aria-pressed", chosen);
-      paint(tile, recall(here));
+      paint(tile, recall(tile.settings));
     }
   }
 
@@ -46,12 +43,12 @@ export class Strip {
     const controller = (this.#controller = new AbortController());
     for (const tile of this.tiles) {
       if (controller.signal.aborted) return;
-      const wanted = tile.key;
+      const wanted = tile.settings;
       const result = recall(wanted) ?? (await ask(wanted, controller.signal));
       if (controller.signal.aborted) return;
+      paint(tile, result);
       if (result) remember(wanted, result);
       else tile.face.classList.add("failed");
-      paint(tile, result);
     }
   }
 }
