@@ -45,8 +45,11 @@ def cluster(tiny_store_url):
     """
     from workers.cluster import ray_session
 
-    with ray_session(num_cpus=2, num_gpus=0) as address:
-        yield address
+    with pytest.MonkeyPatch.context() as patch:
+        # figures reach the metrics page ten times sooner than by default
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        with ray_session(num_cpus=2, num_gpus=0) as address:
+            yield address
 
 
 @pytest.fixture(scope="module")
