@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from starlette._utils import get_route_path
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -124,7 +125,8 @@ class Guard:
                 message=f"{len(scope['headers'])} headers of {size} bytes; at most {MAX_HEADERS} of "
                 f"{MAX_HEADER_BYTES} bytes are read",
             )
-        path = scope["path"]
+        # as the router sees it: under a route prefix or a proxy's root path the scope has the whole path
+        path = get_route_path(scope)
         if not path.startswith("/v1/"):
             return None
         if self._running > self._max_concurrent:

@@ -59,6 +59,17 @@ def test_scopes_are_separate(guarded, client):
     assert client.post("/v1/admin/bundle", json=change).status_code == 403, "without tokens no one is an administrator"
 
 
+def test_tokens_are_asked_for_under_a_route_prefix_too(service, tmp_path):
+    tokens = Tokens(token_file(tmp_path / "tokens", ann=("images", "user")))
+    with TestClient(create_http(service, tokens=tokens), root_path="/images") as client:
+        assert client.get("/images/healthz").status_code == 200
+        assert client.get("/images/v1/models").status_code == 401
+        assert client.get("/images/v1/models", headers=USER).status_code == 200
+        change = {"bundle": "sprites@1"}
+        assert client.post("/images/v1/admin/bundle", json=change).status_code == 401
+        assert client.post("/images/v1/admin/bundle", json=change, headers=USER).status_code == 403
+
+
 @pytest.mark.parametrize("bundle", ["https://example.com/x", "../../etc", "file:///tmp", "", 7, None])
 def test_a_bundle_is_named_and_never_a_url_or_a_path(guarded, bundle):
     refused = guarded.post("/v1/admin/bundle", json={"bundle": bundle}, headers=ADMIN)
