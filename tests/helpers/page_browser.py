@@ -133,12 +133,17 @@ class Visit:
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self._note)
+        self.page.on("response", self._check)
         self.page.on("requestfailed", lambda request: setattr(self, "failed", self.failed + 1))
 
     def _hear(self, message) -> None:
         # The browser reports every refused request itself; the page has its own words for those.
         if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
             self.complaints.append(message.text)
+
+    def _check(self, response) -> None:
+        if response.status >= 400 and "/v1/" not in response.url:
+            self.complaints.append(f"{response.status} {response.url}")
 
     def _note(self, request) -> None:
         if not request.url.startswith((self.url, "data:")):

@@ -136,6 +136,7 @@ def test_the_plot_shows_what_was_measured_and_leads_there(visit, evaluated):
     tab.page.keyboard.press("ArrowLeft")
     tab.page.keyboard.press("Enter")
     assert tab.settle()
+    assert tab.locate("#plot .point:focus").count() == 1, "the keyboard goes on from here"
     tab.page.get_by_label("Method").select_option("ls")
     assert "was not evaluated" in tab.locate("#expected").inner_text()
 

@@ -12,6 +12,8 @@ const PLACES = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
 
 export class Pareto {
   #settings = null;
+  shapes = new Map();
+  focused = null;
 
   constructor(evaluation, names, onPick) {
     Object.assign(this, { evaluation, names, onPick });
@@ -75,7 +77,9 @@ export class Pareto {
     this.here = svg("g", { class: "here" }, svg("circle", { r: 9 }), svg("circle", { r: 3, class: "core" }));
     picture.append(this.here);
     byId("tip").hidden = true;
+    const focused = root.contains(document.activeElement) ? this.focused : null;
     root.replaceChildren(picture);
+    this.shapes.get(focused)?.focus();
     this.#showHere();
   }
 
@@ -91,9 +95,10 @@ export class Pareto {
   #points() {
     const rank = ({ method }) => (method === this.#settings.method ? 2 : ANCHORS.has(method) ? 1 : 0);
     const ordered = [...this.evaluation.points].sort((a, b) => rank(a) - rank(b));
-    const drawn = ordered.map((point) => this.#point(point, rank(point)));
-    drawn.at(-1)?.setAttribute("tabindex", 0);
-    return drawn;
+    this.shapes = new Map(ordered.map((point) => [point, this.#point(point, rank(point))]));
+    const first = this.shapes.get(this.focused ?? ordered.at(-1));
+    first?.setAttribute("tabindex", 0);
+    return this.shapes.values();
   }
 
   #point(point, rank) {
@@ -121,6 +126,7 @@ export class Pareto {
       event.preventDefault();
       pick();
     });
+    shape.addEventListener("focus", () => (this.focused = point));
     for (const event of ["pointerenter", "focus"]) shape.addEventListener(event, () => this.#tip(point, at));
     for (const event of ["pointerleave", "blur"]) shape.addEventListener(event, () => (byId("tip").hidden = true));
     return shape;

@@ -16,7 +16,7 @@ function createRow(adapter, index, lockable, store) {
   const { name } = adapter;
   const id = `weight-${index}`;
   const range = el("input", { type: "range", id, class: `series-${index % 6}`, min: 0, max: 100, step: 1 });
-  const value = el("output", { for: id, class: "value" });
+  const value = el("output", { for: id, class: "value", "aria-live": "off" });
   const lock = lockable && createLock(name, store);
   const outside = el("small", { class: "soft-warning", hidden: true });
   range.addEventListener("input", () => {
