@@ -38,7 +38,7 @@ def generate(
     kl_lambda: Annotated[
         float | None, typer.Option("--kl-lambda", help="0: base, 1: as tuned, above 1: extrapolated.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="mpa, ls or soup.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="mpa, staged, ls, soup or cached.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide the weights by their sum.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Drawn and printed when left out.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,

@@ -60,7 +60,7 @@ def serve(
     host = host or settings.host
     port = check_port(host, settings.port if port is None else port)
     if metrics_port:
-        check_port("", metrics_port, "--metrics-port")
+        check_port("0.0.0.0", metrics_port, "--metrics-port")
     typer.echo("Checking the bundle and starting Ray Serve ...", err=True)
     _serve_until_stopped(ServeArgs.model_validate(args), host, port, metrics_port)
 

@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from workers.api import Caller, GenerationRequest, GenerationResponse, Health, Refusal
-from workers.deploying import change_bundle, wait_until_served
+from workers.deploying import ServingError, change_bundle, wait_until_served
 from workers.events import Event, PartialImageEvent, ProgressEvent
 from workers.latest_evaluation import LatestEvaluation
 from workers.model_card import ModelCard
@@ -70,7 +70,10 @@ class HandleBackend:
         found = await self._ask("resolve", bundle)
         if isinstance(found, Refusal):
             return found
-        await asyncio.to_thread(change_bundle, bundle)
+        try:
+            await asyncio.to_thread(change_bundle, bundle)
+        except ServingError as error:
+            return Refusal(status=409, message=str(error))
         return await asyncio.to_thread(wait_until_served, bundle, found)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
