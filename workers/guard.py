@@ -191,7 +191,8 @@ def _route(scope: Scope) -> str:
     if (found := getattr(scope.get("route"), "path", None)) is not None:
         return str(found)
     known = {getattr(route, "path", None) for route in scope["app"].routes} if "app" in scope else set()
-    return scope["path"] if scope["path"] in known else "other"
+    path = get_route_path(scope)
+    return path if path in known else "other"
 
 
 def _with_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str | None) -> list[tuple[bytes, bytes]]:
