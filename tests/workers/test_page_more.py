@@ -226,6 +226,22 @@ def test_a_server_that_wants_a_token_gets_one(visit, page_service, tmp_path):
         tab.page.close()
 
 
+def test_behind_a_prefix_everything_is_asked_for_there(visit, page_service):
+    from page_browser import serve
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    from workers.routes import create_http
+
+    with serve(Starlette(routes=[Mount("/blend", create_http(page_service))])) as url:
+        tab = visit(f"{url}/blend", permissions=["clipboard-read", "clipboard-write"]).open_quick()
+        assert tab.settle()
+        tab.page.get_by_role("button", name="Copy as curl").click()
+        tab.page.get_by_role("status").filter(has_text="copied").wait_for()
+        assert f"{url}/blend/v1/images/generations" in tab.page.evaluate("navigator.clipboard.readText()")
+        tab.page.close()
+
+
 def test_a_small_dark_screen(visit, evaluated):
     tab = visit(width=360, height=740, color_scheme="dark", has_touch=True).open_quick()
     tab.settle()

@@ -4,6 +4,9 @@ const TOKEN_KEY = "diffusion-blend-token";
 const USUAL_WAIT_S = 5;
 const NO_ANSWER = "The server cannot be reached. Check that it is running.";
 
+/** Where the endpoint begins, also behind a prefix; without a slash at the end. */
+export const ROOT = new URL("..", import.meta.url).href.replace(/\/$/, "");
+
 /** An answer that is not an image. `status` is 0 when there was no answer; `retryAfter` is in seconds or null. */
 export class ApiError extends Error {
   constructor(message, { status = 0, param = null, retryAfter = null } = {}) {
@@ -73,7 +76,7 @@ function post(body, signal) {
 async function send(path, options = {}) {
   const headers = { ...options.headers };
   if (hasToken()) headers.Authorization = `Bearer ${sessionStorage.getItem(TOKEN_KEY)}`;
-  const answer = await fetch(path, { ...options, headers }).catch(unreachable);
+  const answer = await fetch(ROOT + path, { ...options, headers }).catch(unreachable);
   if (answer.ok) return answer;
   throw await refusal(answer);
 }

@@ -1,6 +1,6 @@
 /** Puts the page together: card -> controls -> store -> runner -> picture, strip, history and plot. */
 
-import { ApiError, fetchCard, fetchEvaluation, hasToken, keepToken } from "./api.js";
+import { ApiError, fetchCard, fetchEvaluation, hasToken, keepToken, ROOT } from "./api.js";
 import { copy } from "./copying.js";
 import { createDial } from "./dial.js";
 import { byId } from "./dom.js";
@@ -118,10 +118,10 @@ function followActions(card, store, runner) {
   const options = () => ({ token: hasToken(), model: card.id });
   byId("copy-link").addEventListener("click", () => copy(location.href, "Link"));
   byId("copy-curl").addEventListener("click", () => {
-    copy(asCurl(store.settings, location.origin, options()), "curl command");
+    copy(asCurl(store.settings, ROOT, options()), "curl command");
   });
   byId("copy-python").addEventListener("click", () => {
-    copy(asPython(store.settings, location.origin, options()), "Python script");
+    copy(asPython(store.settings, ROOT, options()), "Python script");
   });
 }
 

@@ -5,11 +5,11 @@ import { requestBody } from "./settings.js";
 const TOKEN = "DIFFUSION_BLEND_TOKEN";
 
 /** A shell command that writes image.png. */
-export function asCurl(settings, origin, { token }) {
+export function asCurl(settings, root, { token }) {
   const body = JSON.stringify(requestBody(settings), null, 2).replaceAll("'", "'\\''");
   const secret = token ? ` \\\n  -H "Authorization: Bearer $${TOKEN}"` : "";
   return [
-    `curl -sS --fail-with-body '${origin}/v1/images/generations' \\`,
+    `curl -sS --fail-with-body '${root}/v1/images/generations' \\`,
     `  -H 'Content-Type: application/json'${secret} \\`,
     `  -d '${body}' \\`,
     "  | python3 -c 'import base64, json, sys",
@@ -20,7 +20,7 @@ export function asCurl(settings, origin, { token }) {
 }
 
 /** A Python script over the openai client that writes image.png. */
-export function asPython(settings, origin, { token, model }) {
+export function asPython(settings, root, { token, model }) {
   const { prompt, ...extra } = requestBody(settings);
   const fields = Object.entries(extra).map(([name, value]) => `        ${JSON.stringify(name)}: ${literal(value)},`);
   return [
@@ -30,7 +30,7 @@ export function asPython(settings, origin, { token, model }) {
     "",
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${JSON.stringify(`${origin}/v1`)}, api_key=${token ? `os.environ["${TOKEN}"]` : '"none"'})`,
+    `client = OpenAI(base_url=${JSON.stringify(`${root}/v1`)}, api_key=${token ? `os.environ["${TOKEN}"]` : '"none"'})`,
     "answer = client.images.generate(",
     `    model=${JSON.stringify(model)},`,
     `    prompt=${JSON.stringify(prompt)},`,
