@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+import ray
 from endpoints import ROUTE
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,7 +26,7 @@ OF_ALL = f"ray_{PREFIX}_"
 
 
 class Page:
-    """One reading: values by name and by the labels that are ours."""
+    """One reading: values of this process, by name and by the labels that are ours."""
 
     def __init__(self, text: str) -> None:
         labels = {"le", *(label for declared in DECLARED.values() for label in declared.labels)}
@@ -34,6 +35,8 @@ class Page:
         for family in text_string_to_metric_families(text):
             self.kinds[family.name.removeprefix(OF_ALL)] = family.type
             for sample in family.samples:
+                if sample.labels.get("WorkerId") != ray.get_runtime_context().get_worker_id():
+                    continue
                 ours = frozenset((key, value) for key, value in sample.labels.items() if key in labels)
                 self.values[sample.name.removeprefix(OF_ALL), ours] = sample.value
 
