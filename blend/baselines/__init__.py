@@ -1,0 +1,11 @@
+"""The rivals: other ways to follow several rewards at once, on the same model, engine and steps as the blend.
+
+README.md beside this file names each one's source, its equation, its cost, and where it departs from the source.
+Rewarded Soup needs nothing here: it is method `soup` of the engine.
+"""
+
+from blend.baselines.best_of_n import best_of_n, copies_within
+from blend.baselines.found import Cost, Found
+from blend.baselines.weighted import WeightedReward
+
+__all__ = ["Cost", "Found", "WeightedReward", "best_of_n", "copies_within"]

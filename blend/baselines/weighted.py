@@ -1,0 +1,65 @@
+"""The one number that the searching and guiding rivals maximise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from blend.rewards import Reward, RewardError
+
+
+class WeightedReward:
+    """r(w) = sum_i w_i (r_i - mean_i) / sd_i: a Reward made of several, each in its own standard deviations.
+
+    Unlike rewards need a common unit before weights mean anything; the blend needs none, since its adapters were tuned
+    one by one. Means and standard deviations are given, never taken from the batch, so that an image's score does not
+    depend on its neighbours: measure them once over images of the base model. A reward of weight 0 is never computed.
+    """
+
+    name = "weighted"
+    version = "1"
+
+    def __init__(
+        self, rewards: Mapping[str, Reward], weights: Mapping[str, float], scales: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """Take rewards, weights w_i >= 0 and scales (mean_i, sd_i > 0) by name; weights need not sum to 1.
+
+        Raises RewardError for a weight without its reward or scale, and for numbers out of range.
+        """
+        if not any(weight > 0 for weight in weights.values()):
+            raise RewardError(f"weights {dict(weights)} leave nothing to score: give at least one a positive value")
+        self._terms: list[tuple[Reward, float, float]] = []  # reward, factor, mean
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise RewardError(f"weights.{name} is {weight}: use a finite number >= 0")
+            if weight == 0:
+                continue
+            for kind, known in (("reward", rewards), ("scale", scales)):
+                if name not in known:
+                    raise RewardError(f"{name!r} has a weight but no {kind}: those given are {', '.join(known)}")
+            mean, sd = scales[name]
+            if not (math.isfinite(mean) and math.isfinite(sd) and sd > 0):
+                raise RewardError(
+                    f"the scale of {name} is {(mean, sd)}: use a finite mean and a standard deviation > 0"
+                )
+            self._terms.append((rewards[name], weight / sd, mean))
+        bounds = [[factor * (r.range[side] - mean) for r, factor, mean in self._terms] for side in (0, 1)]
+        self.range = (sum(bounds[0]), sum(bounds[1]))
+
+    @property
+    def differentiable(self) -> bool:
+        """True when every reward in it is."""
+        return not self.undifferentiable
+
+    @property
+    def undifferentiable(self) -> list[str]:
+        """The names of the rewards in it that have no gradient."""
+        return [reward.name for reward, _, _ in self._terms if not reward.differentiable]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        total = images.new_zeros(len(prompts))
+        for reward, factor, mean in self._terms:
+            total = total + factor * (reward(images, prompts).to(images.device) - mean)
+        return total
