@@ -76,6 +76,10 @@ class DiffusionModel:
 
         Each is decoded alone, so that its bits do not depend on the others.
         """
+        return self.decode_traced(latents)
+
+    def decode_traced(self, latents: Tensor) -> Tensor:
+        """Return what `decode` returns, with gradients to the latents; pixels that are clamped have none."""
         config = self.vae.config
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             mean, std = (latents.new_tensor(config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
