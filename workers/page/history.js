@@ -32,7 +32,8 @@ export class History {
   }
 
   #createItem(settings, result) {
-    const about = `${settings.prompt} ${mixLabel(settings.weights)}, λ ${settings.kl_lambda}, ${settings.method}, seed ${settings.seed}`;
+    const { prompt, weights, kl_lambda, method, seed } = settings;
+    const about = `${prompt} ${mixLabel(weights)}, λ ${kl_lambda}, ${method}, seed ${seed}`;
     const image = el("img", { src: result.src, alt: "", draggable: "false" });
     image.addEventListener("load", () => image.classList.toggle("pixelated", image.naturalWidth < 256));
     const button = el("button", { type: "button", class: "thumb", title: about, "aria-label": about }, image);

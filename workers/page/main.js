@@ -137,9 +137,7 @@ async function showEvaluation(card, names, store, views) {
   byId("pareto-missing").hidden = true;
   byId("pareto").hidden = false;
   const plot = new Pareto(evaluation, names, (point) => store.update(settingsOf(point, store)));
-  const { prompts, seeds, num_inference_steps: steps, guidance_scale: guidance, date } = evaluation;
-  byId("evaluated").textContent =
-    `Measured ${date}: ${count(prompts, "prompt")} × ${count(seeds, "seed")}, ${steps} steps, guidance ${guidance}; thin lines are 95 % intervals. Up and right is better; a click moves the picker.`;
+  byId("evaluated").textContent = describeEvaluation(evaluation);
   const view = (settings) => plot.show(settings);
   views.push(view);
   view(store.settings);
@@ -152,12 +150,18 @@ function offerEvaluation({ bundle }) {
   byId("evaluate-command").parentElement.hidden = false;
 }
 
+function describeEvaluation({ date, prompts, seeds, num_inference_steps: steps, guidance_scale: guidance }) {
+  const size = `${count(prompts, "prompt")} × ${count(seeds, "seed")}, ${steps} steps, guidance ${guidance}`;
+  return `Measured ${date}: ${size}; thin lines are 95 % intervals. Up and right is better; a click moves the picker.`;
+}
+
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 /** The base and the adapters alone belong to every method. */
 function settingsOf(point, store) {
   if (point.method === "base") return { kl_lambda: 0 };
-  const weights = Object.fromEntries(Object.keys(store.settings.weights).map((name) => [name, point.weights[name] ?? 0]));
+  const names = Object.keys(store.settings.weights);
+  const weights = Object.fromEntries(names.map((name) => [name, point.weights[name] ?? 0]));
   if (point.method === "adapter") return { weights, kl_lambda: point.kl_lambda };
   return { weights, kl_lambda: point.kl_lambda, method: point.method };
 }

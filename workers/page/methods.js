@@ -3,7 +3,7 @@
 const METHODS = {
   base: ["Base model", "The model before any tuning."],
   adapter: ["Adapter alone", "One tuned model; no mixing."],
-  mpa: ["Blend (MPA)", "Mixes the adapters' predictions at every step. Most faithful; cost grows with the adapters in use."],
+  mpa: ["Blend (MPA)", "Mixes the adapters' predictions at every step. Most faithful; costs one model per adapter."],
   ls: ["Sampled blend (LS)", "Draws one adapter per step, in proportion to the weights. The cost of a single model."],
   soup: ["Weight average (soup)", "Averages the adapters' weights once. The cost of a single model."],
   staged: ["Staged blend", "Blends predictions in the first steps and weights after. The cost of a single model."],

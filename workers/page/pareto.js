@@ -165,7 +165,7 @@ export class Pareto {
   }
 
   #expectation(expected) {
-    if (expected === null) return `${methodName(this.#settings.method)} was not evaluated, so nothing is expected here.`;
+    if (expected === null) return `${methodName(this.#settings.method)} was not evaluated: no expectation here.`;
     const values = this.evaluation.rewards.map((reward) => `${reward} ${write(expected.rewards[reward], 2)}`);
     const beyond = expected.beyond ? " This lambda is beyond what was evaluated." : "";
     return `You (the ring), expected, interpolated: ${values.join(", ")}.${beyond}`;

@@ -116,7 +116,8 @@ function shading() {
     const stops = ["", "soft", "clear"].map((kind, step) =>
       svg("stop", { offset: [0, 0.48, 1][step], class: `stop-${index} ${kind}` }),
     );
-    return svg("radialGradient", { id: `corner-${index}`, gradientUnits: "userSpaceOnUse", cx, cy, r: REACH }, ...stops);
+    const place = { gradientUnits: "userSpaceOnUse", cx, cy, r: REACH };
+    return svg("radialGradient", { id: `corner-${index}`, ...place }, ...stops);
   });
   return [
     svg("defs", {}, ...gradients),
