@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blend.mixing import draw_ls_schedule, guidance_coefficients, sigma_points
-from blend.sample import Sample
+from blend.sample import Sample, SampleError
 
 SIGMA_STEPS = 10  # steps at which sigma points are best spread half as wide as one-hot draws; measured on sprites
 REUSING_SHARE = 0.65  # of the steps, the last ones: earlier guidance changes too fast and its errors travel further
@@ -73,7 +73,10 @@ class Step:
 def plan_rows(sample: Sample, basis: Sequence[str], steps: int, *, measured: bool) -> Plan:
     """Lay out the rows of a sample at all its steps; with the base's at its reference steps, or at all if measured."""
     coefficients = sample.preference.coefficients(basis)
-    wanted = _METHODS[sample.preference.method](sample, coefficients, steps)
+    if sample.preference.method == "ls" and not isinstance(sample.ls_schedule, str):
+        wanted = _plan_named(sample.ls_schedule, basis, coefficients, steps)
+    else:
+        wanted = _METHODS[sample.preference.method](sample, coefficients, steps)
     merged = Source(tuple(coefficients[1:]), 1.0)
     laid_out: dict[tuple[Step, bool], StepRows] = {}
     planned = []
@@ -118,8 +121,26 @@ def _plan_ls(sample: Sample, coefficients: Sequence[float], steps: int) -> Itera
     """DB-MPA-LS: one source a step."""
     sources = sources_of(coefficients)
     shares = [source.share for source in sources]
+    assert isinstance(sample.ls_schedule, str)
     for index in draw_ls_schedule(shares, steps, sample.seed, sample.ls_schedule):
         yield Step((Source(sources[index].mix, 1.0),))
+
+
+def _plan_named(
+    names: Sequence[str], basis: Sequence[str], coefficients: Sequence[float], steps: int
+) -> Iterator[Step]:
+    """One adapter a step, as `names` say; weights only tell which may be named."""
+    known = [name for name, share in zip(basis, coefficients[1:], strict=True) if share != 0]
+    if coefficients[0] != 0:
+        raise SampleError("ls_schedule names adapters, which act at full strength: use kl_lambda 1", "ls_schedule")
+    if len(names) != steps or not set(names) <= set(known):
+        raise SampleError(
+            f"ls_schedule names {len(names)} adapters, {', '.join(dict.fromkeys(names))}: use {steps}, one for each"
+            f" step, among {', '.join(known)}",
+            "ls_schedule",
+        )
+    for name in names:
+        yield Step((Source(tuple(float(name == other) for other in basis), 1.0),))
 
 
 def _plan_cached(sample: Sample, coefficients: Sequence[float], steps: int) -> Iterator[Step]:

@@ -41,7 +41,8 @@ class Sample:
     measure_kl: bool | None = None  # fill Output.path_kl, at the price of base rows; None: as record
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which guidance acts
     shared_unconditional: bool = False  # one unconditional row, of the merged adapters, in place of one per source
-    ls_schedule: str = "mirrored"  # method "ls": or "systematic", or "iid", the paper's independent draws
+    # method "ls": or "systematic", or "iid", the paper's independent draws, or the adapter of every step by name
+    ls_schedule: str | tuple[str, ...] = "mirrored"
     refresh_every: int = 5  # method "cached": steps between evaluations of the whole blend
     row_budget: float = 1.0  # method "staged": UNet rows as a multiple of one model's
 
@@ -63,7 +64,7 @@ def check_sample(sample: Sample) -> None:
         )
     if not 0 <= sample.eta <= 1:
         raise SampleError(f"eta is {sample.eta}: use a number from 0 to 1", "eta")
-    if sample.preference.method == "ls" and sample.eta == 0:
+    if sample.preference.method == "ls" and sample.eta == 0 and isinstance(sample.ls_schedule, str):
         raise SampleError("eta is 0: method ls needs noise between adapters; use eta > 0 or method mpa", "eta")
     _check_solver(sample)
     _check_rows(sample)
@@ -90,8 +91,11 @@ def _check_rows(sample: Sample) -> None:
             f"guidance_interval is {tuple(interval)}: use shares of the steps with 0 <= start < end <= 1",
             "guidance_interval",
         )
-    if sample.ls_schedule not in LS_KINDS:
-        raise SampleError(f"ls_schedule is {sample.ls_schedule!r}: use one of {', '.join(LS_KINDS)}", "ls_schedule")
+    if sample.ls_schedule not in LS_KINDS and not isinstance(sample.ls_schedule, tuple):
+        raise SampleError(
+            f"ls_schedule is {sample.ls_schedule!r}: use one of {', '.join(LS_KINDS)}, or a tuple of adapter names",
+            "ls_schedule",
+        )
     every = sample.refresh_every
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise SampleError(f"refresh_every is {every!r}: use an integer >= 1 (1 is exact)", "refresh_every")
