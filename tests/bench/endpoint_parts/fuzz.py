@@ -6,7 +6,7 @@ from typing import Any
 
 import hypothesis
 import schemathesis
-from endpoint_parts.hostile import bodies
+from endpoint_parts.hostile import ODDITIES, bodies
 from endpoint_parts.outcome import Outcome, by_status
 from endpoint_parts.traffic import NO_ANSWER, ROUTE, Answer
 from hypothesis import HealthCheck, Phase
@@ -84,6 +84,7 @@ def run(url: str, tokens: dict[str, str], admin: str, basis: list[str], *, schem
     bearer = {"Authorization": f"Bearer {next(iter(tokens.values()))}"}
     with httpx.Client(base_url=url, headers=bearer, timeout=TIMEOUT_S, trust_env=False) as client:
         send_hostile(fuzzer, client.post, basis, hostile)
+        send_oddities(fuzzer, client.request)
     return fuzzer.outcome()
 
 
@@ -120,14 +121,23 @@ def send_hostile(fuzzer: Fuzzer, post: Callable[..., Any], basis: list[str], cas
     drive(bodies(basis), send, cases)
 
 
+def send_oddities(fuzzer: Fuzzer, request: Callable[..., Any]) -> None:
+    """Requests that are odd in method, path or headers."""
+    for method, path, headers, body in ODDITIES:
+        sent = {name: value.encode("latin-1") for name, value in headers.items()}
+
+        def call(method=method, path=path, sent=sent, body=body) -> Any:
+            return request(method, path, headers=sent, content=body)
+
+        fuzzer.send(f"{method} {path[:60]} {str(headers)[:80]}", call, _well_formed)
+
+
 def _well_formed(reply: Any) -> None:
-    if reply.status_code == 200:
+    if reply.status_code < 400:
         return
     body = reply.json()
     if set(body) != {"error"} or set(body["error"]) != {"message", "type", "param"}:
-        raise Failure(
-            operation="POST images", title="an error without message, type and param", message=reply.text[:200]
-        )
+        raise Failure(operation="hostile", title="an error without message, type and param", message=reply.text[:200])
 
 
 def drive(strategy: st.SearchStrategy[Any], send: Callable[[Any], None], cases: int) -> None:

@@ -32,6 +32,31 @@ anything = st.recursive(
 unicode = st.text(alphabet=st.characters(), min_size=0, max_size=60)
 
 
+JSON = {"Content-Type": "application/json"}
+# method, path, headers, body: requests that are odd outside their body
+ODDITIES: tuple[tuple[str, str, dict[str, str], bytes], ...] = (
+    *((method, "/v1/images/generations", JSON, b"") for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW")),
+    *(("POST", path, JSON, b"{}") for path in ("/", "/healthz", "/v1", "/v1/", "/v1/models", "/page/main.js")),
+    *(("GET", f"/page/{name}", {}, b"") for name in ("%00", "..%2f..%2fapi.py", "%ff%fe", "x" * 4000, "%252e%252e")),
+    *(
+        ("GET", path, {}, b"")
+        for path in ("//", "/v1//models", "/%2e%2e/", "/V1/models", "/docs", "/openapi.json?x=%00")
+    ),
+    *(
+        ("POST", "/v1/images/generations", {"Content-Type": kind}, b"{}")
+        for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "a/b; charset=\xff")
+    ),
+    ("POST", "/v1/images/generations", JSON, b" " * 70_000),
+    ("POST", "/v1/images/generations", JSON | {"Content-Encoding": "gzip"}, b"\x1f\x8b"),
+    ("POST", "/v1/images/generations", JSON | {"X-Request-Timeout": "nan"}, b"{}"),
+    ("POST", "/v1/images/generations", JSON | {"X-Request-ID": "a b\tc" * 50}, b"{}"),
+    ("POST", "/v1/images/generations", JSON | {"Authorization": "Bearer \xe9\xff"}, b"{}"),
+    ("GET", "/v1/models", {f"X-Many-{index}": "x" for index in range(150)}, b""),
+    ("GET", "/v1/models", {"X-Long": "x" * 20_000}, b""),
+    ("GET", "/healthz", {"Range": "bytes=5-1", "If-None-Match": "*", "Accept": "\xff"}, b""),
+)
+
+
 def bodies(basis: list[str]) -> st.SearchStrategy[bytes]:
     """Bytes of one request body; a valid one asks for a step or two."""
     return st.one_of(_near_misses(basis), _valid(basis), _wild_fields(basis), _no_json(basis))

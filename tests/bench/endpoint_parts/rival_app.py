@@ -4,13 +4,16 @@ Imported by replicas of Ray Serve.
 """
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from workers.api import Caller, GenerationRequest, GenerationResponse, Refusal
 from workers.engine_args import ServeArgs
 from workers.serving import MAX_ONGOING_REQUESTS, EngineReplica, Ingress
+
+if TYPE_CHECKING:
+    from workers.service import GenerationService
 
 BATCH = 8
 BATCH_WAIT_S = 0.02
@@ -34,6 +37,8 @@ class WholeBatches(EngineReplica.func_or_class):
     Rows of requests that have ended leave the forwards, which is kinder than a batch of one shape can be.
     """
 
+    padded = False
+
     async def generate(self, request: GenerationRequest, caller: Caller) -> GenerationResponse | Refusal:
         return await self._together(request, caller)
 
@@ -41,8 +46,45 @@ class WholeBatches(EngineReplica.func_or_class):
     async def _together(
         self, requests: list[GenerationRequest], callers: list[Caller]
     ) -> list[GenerationResponse | Refusal]:
-        service = self._host.service
-        return await asyncio.gather(*map(service.generate, requests, callers))
+        longest = max(_steps(self._host.service, request) for request in requests)
+
+        async def answer(request: GenerationRequest, caller: Caller) -> GenerationResponse | Refusal:
+            answer = await self._host.service.generate(request, caller)
+            left = longest - _steps(self._host.service, request)
+            if self.padded and left:
+                await _run_on(self._host.service, request, left)
+            return answer
+
+        return await asyncio.gather(*map(answer, requests, callers))
+
+
+class PaddedBatches(WholeBatches):
+    """The same with tensors of one shape until the batch ends, as a batch through one pipeline call has them."""
+
+    padded = True
+
+
+def _steps(service: "GenerationService", request: GenerationRequest) -> int:
+    return request.num_inference_steps or service.opened.card.defaults.num_inference_steps
+
+
+async def _run_on(service: "GenerationService", request: GenerationRequest, steps: int) -> None:
+    """Keep the rows of a request in the batch for so many steps; nothing is decoded."""
+    # its module loads torch, which the ingress must not
+    from workers.generation import forecast, plan
+
+    here, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def end(what: object) -> None:
+        if getattr(what, "step", steps) >= steps:
+            here.call_soon_threadsafe(done.set)
+
+    # one step longer, so that it is there to be taken out when it has run them
+    samples = plan(request.model_copy(update={"num_inference_steps": steps + 1}), service.opened)
+    job = service.loop.enter(samples, forecast(samples, service.opened.basis), admitted=True, listener=end)
+    job.future.add_done_callback(end)
+    await done.wait()
+    service.loop.leave(job)
 
 
 def build_rival(replica: type, args: ServeArgs) -> serve.Application:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from endpoint_parts.equality import open_alone
 from endpoint_parts.outcome import Outcome, percentile
-from endpoint_parts.rival_app import OneAtATime, WholeBatches, build_rival
+from endpoint_parts.rival_app import OneAtATime, PaddedBatches, WholeBatches, build_rival
 from endpoint_parts.service import Service
 from endpoint_parts.traffic import Answer, Ask, Mix, clients_of, closed_loop
 from engine_parts.workload import spread
@@ -20,7 +20,7 @@ from workers.api import ANYONE, GenerationRequest, GenerationResponse
 from workers.service import GenerationService
 
 CONCURRENCY = 8
-RIVALS = {"serial": OneAtATime, "serve_batch": WholeBatches}
+RIVALS = {"serial": OneAtATime, "serve_batch": WholeBatches, "serve_batch_padded": PaddedBatches}
 OURS, ALONE = "in_flight", "engine_alone"
 
 

@@ -1,6 +1,7 @@
 """The endpoint under test, on a private cluster: brought up by `deploy`, asked over HTTP, watched from outside."""
 
 import hashlib
+import os
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -87,6 +88,8 @@ def open_stage(num_cpus: int = 4) -> Iterator[Stage]:
     from workers.cluster import ray_session
     from workers.deploying import check_port
 
+    # Ray's default of 15 would let everything else on the machine go first, the clients of this process too
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with tempfile.TemporaryDirectory() as directory, ray_session(num_cpus=num_cpus, num_gpus=0):
         try:
             yield Stage(Path(directory), check_port("127.0.0.1", 0))
