@@ -1,7 +1,8 @@
 """Rewards: functions of a batch of images and their prompts that a basis adapter is tuned toward.
 
-`load_reward(name)` gives one by name. A reward is deterministic and scores each image by itself, whatever its batch.
-One that computes elsewhere also has `submit`; `start_scoring` treats both kinds alike.
+`load_reward(name)` gives one by name: a built-in one, or that of another package (blend.rewards.plugins). A reward is
+deterministic and scores each image by itself, whatever its batch; blend.rewards.contract checks one. One that computes
+elsewhere also has `submit`; `start_scoring` treats both kinds alike.
 """
 
 from __future__ import annotations
@@ -67,6 +68,24 @@ def _brightness() -> Reward:
     return Brightness()
 
 
+def _contrast() -> Reward:
+    from blend.rewards.contrast import Contrast
+
+    return Contrast()
+
+
+def _sharpness() -> Reward:
+    from blend.rewards.sharpness import Sharpness
+
+    return Sharpness()
+
+
+def _warmth() -> Reward:
+    from blend.rewards.warmth import Warmth
+
+    return Warmth()
+
+
 def _alignment() -> Reward:
     from blend.rewards.alignment import Alignment
 
@@ -77,16 +96,32 @@ _FACTORIES: dict[str, Callable[[], Reward]] = {
     "colourfulness": _colourfulness,
     "compressibility": _compressibility,
     "brightness": _brightness,
+    "contrast": _contrast,
+    "sharpness": _sharpness,
+    "warmth": _warmth,
     "alignment": _alignment,
 }
 REWARDS = tuple(_FACTORIES)
 
 
 def load_reward(name: str) -> Reward:
-    """The reward of that name; RewardError names the known ones."""
-    if name not in _FACTORIES:
-        raise RewardError(f"unknown reward {name!r}; choose one of {', '.join(REWARDS)}")
-    return _FACTORIES[name]()
+    """The reward of that name, built in or a plugin. RewardError names the known ones, or the package at fault."""
+    from blend.rewards import plugins
+
+    require_known(name)
+    return _FACTORIES[name]() if name in _FACTORIES else plugins.load_plugin(plugins.plugins()[name])
+
+
+def require_known(name: str) -> None:
+    """Raise RewardError for a name that is neither built in nor a plugin's, or both; imports no plugin."""
+    from blend.rewards import plugins
+
+    if name in _FACTORIES:
+        plugins.refuse_claims(name)
+    elif name not in plugins.plugins():
+        raise RewardError(
+            f"unknown reward {name!r}; choose one of {', '.join(REWARDS)}; plugins: {plugins.described()}"
+        )
 
 
 def start_scoring(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Callable[[], Tensor]:

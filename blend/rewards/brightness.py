@@ -29,5 +29,9 @@ class Brightness:
 
 def brightness(images: Tensor) -> Tensor:
     """Unsaturated mean luma of images [B, 3, H, W] in [0, 1]; returns float32 [B]."""
-    luma = images.new_tensor(_LUMA).view(1, 3, 1, 1)
-    return (images * luma).sum(1).float().mean((1, 2))
+    return luma(images).mean((1, 2))
+
+
+def luma(images: Tensor) -> Tensor:
+    """Luma of every pixel of images [B, 3, H, W] in [0, 1]; returns float32 [B, H, W] in [0, 1]."""
+    return (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1).float()

@@ -12,6 +12,12 @@ from blend.rewards import REWARDS, Reward, RewardError, load_reward
 from blend.rewards.brightness import SATURATION as BRIGHTNESS_SATURATION
 from blend.rewards.brightness import brightness
 from blend.rewards.colourfulness import SATURATION, colourfulness
+from blend.rewards.contrast import SATURATION as CONTRAST_SATURATION
+from blend.rewards.contrast import contrast
+from blend.rewards.sharpness import SATURATION as SHARPNESS_SATURATION
+from blend.rewards.sharpness import sharpness
+from blend.rewards.warmth import SATURATION as WARMTH_SATURATION
+from blend.rewards.warmth import opponents, warmth
 from blend.sprites import captions
 from blend.sprites.codec import render_batch
 from blend.sprites.scene import render
@@ -78,8 +84,75 @@ def test_brightness_is_the_mean_luma():
     assert scores.tolist() == pytest.approx([0.299, BRIGHTNESS_SATURATION, 0.5], rel=1e-5)
 
 
-def test_brightness_saturates_near_the_95th_percentile_of_the_data(scenes):
-    assert np.percentile(brightness(scenes), 95) == pytest.approx(BRIGHTNESS_SATURATION, rel=0.03)
+@pytest.mark.parametrize(
+    ("measure", "saturation"),
+    [
+        (brightness, BRIGHTNESS_SATURATION),
+        (contrast, CONTRAST_SATURATION),
+        (sharpness, SHARPNESS_SATURATION),
+        (warmth, WARMTH_SATURATION),
+    ],
+)
+def test_the_others_saturate_near_the_95th_percentile_of_the_data(scenes, measure, saturation):
+    scores = measure(scenes)
+    assert np.percentile(scores, 95) == pytest.approx(saturation, abs=0.2 * float(scores.std()))
+    assert float((load_reward(measure.__name__)(scenes, [""] * len(scenes)) == scores).float().mean()) > 0.9
+
+
+def test_contrast_is_the_spread_of_the_luma():
+    halves = torch.full((2, 3, 8, 8), 0.3)
+    halves[0, :, :4] = 0.5
+    halves[1, :, :4] = 1
+    assert contrast(halves).tolist() == pytest.approx([0.1, 0.35], rel=1e-4)
+    assert load_reward("contrast")(halves, [""] * 2).tolist() == pytest.approx([0.1, CONTRAST_SATURATION], rel=1e-4)
+
+
+def test_sharpness_is_the_slope_of_the_luma_in_either_direction():
+    ramp = torch.linspace(0, 1, 11).expand(1, 3, 11, 11)
+    both = (ramp + ramp.transpose(2, 3)) / 2
+    assert sharpness(torch.cat([ramp, ramp.transpose(2, 3), ramp.flip(3)])).tolist() == pytest.approx(
+        [0.1] * 3, rel=1e-3
+    )
+    assert float(sharpness(both)) == pytest.approx(0.05 * 2**0.5, rel=1e-3)
+    with pytest.raises(RewardError, match="2 x 8 pixels have no edges"):
+        load_reward("sharpness")(torch.zeros(1, 3, 8, 2), [""])
+
+
+def test_a_blurred_scene_is_less_sharp_and_less_contrasted(scenes):
+    blurred = torch.nn.functional.avg_pool2d(scenes, 5, stride=1, padding=2, count_include_pad=False)
+    assert (sharpness(blurred) < sharpness(scenes)).all()
+    assert (contrast(blurred) < contrast(scenes)).all()
+
+
+def test_warmth_of_known_colours():
+    colours = torch.tensor([[0.5, 0.5, 0.5], [1, 0, 0], [0, 0, 1], [1, 0.5, 0], [0, 0.625, 1]]).view(5, 3, 1, 1)
+    a, b = (channel.flatten().tolist() for channel in opponents(colours))
+    # CIELAB of grey, red and blue under D65
+    assert a[:3] == pytest.approx([0, 80.1, 79.2], abs=0.2)
+    assert b[:3] == pytest.approx([0, 67.2, -107.9], abs=0.2)
+    grey, red, blue, orange, azure = warmth(colours).tolist()
+    chroma, hue = np.hypot(a[1], b[1]), np.arctan2(b[1], a[1])
+    assert red == pytest.approx(-0.5 + 0.02 * chroma**1.07 * np.cos(hue - np.radians(50)), rel=1e-4)
+    assert grey == pytest.approx(-0.5, abs=1e-3)
+    assert azure < blue < grey < orange < red
+
+
+def test_the_range_of_warmth_holds_every_colour():
+    steps = torch.linspace(0, 1, 18)
+    colours = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij")).reshape(3, -1).T.reshape(-1, 3, 1, 1)
+    scores = warmth(colours)
+    low, high = load_reward("warmth").range
+    assert low < float(scores.min()) < low + 0.1
+    assert float(scores.max()) > high == WARMTH_SATURATION
+
+
+def test_rewards_without_weights_are_six_and_no_two_of_them_alike(scenes):
+    names = [name for name in REWARDS if name != "alignment"]
+    table = np.corrcoef(np.stack([load_reward(name)(scenes, [""] * len(scenes)) for name in names]))
+    assert len(names) == 6
+    assert np.abs(table[np.triu_indices(6, 1)]).max() < 0.8
+    # each pulls against another one
+    assert (table.min(axis=0) < -0.05).all()
 
 
 def test_compressibility_is_minus_the_jpeg_size_in_kilobytes():
