@@ -180,7 +180,8 @@ def test_a_busy_server_is_asked_again(visit, page_service, page_url, monkeypatch
     def occupy():
         body = {"prompt": "x", "weights": {NAMES[0]: 1}, "n": 8, "num_inference_steps": 200, "stream": True}
         with httpx.stream("POST", f"{page_url}/v1/images/generations", json=body, timeout=60) as answer:
-            next(answer.iter_bytes())
+            events = answer.iter_bytes()  # dropping it would hang up
+            next(events)
             leave.wait(60)
 
     thread = threading.Thread(target=occupy)
