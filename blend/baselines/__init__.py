@@ -8,6 +8,17 @@ from blend.baselines.best_of_n import best_of_n, copies_within
 from blend.baselines.blockwise import blockwise
 from blend.baselines.composition import composite, switch
 from blend.baselines.found import Cost, Found
+from blend.baselines.gradient_guidance import reward_guided
 from blend.baselines.weighted import WeightedReward
 
-__all__ = ["Cost", "Found", "WeightedReward", "best_of_n", "blockwise", "composite", "copies_within", "switch"]
+__all__ = [
+    "Cost",
+    "Found",
+    "WeightedReward",
+    "best_of_n",
+    "blockwise",
+    "composite",
+    "copies_within",
+    "reward_guided",
+    "switch",
+]

@@ -1,7 +1,7 @@
 """Best-of-N: draw N images under N seeds and keep the one of the highest reward.
 
-x* = argmax_n r(x^n), x^n ~ p independent (for instance arXiv 2502.00968, section 3). Its law is the base's tilted by
-order statistics, at a KL of at most log N - (N - 1) / N to the model it draws from (arXiv 2401.01879).
+x* = argmax_n r(x^n), x^n ~ p independent. Its KL to p, the model it draws from, is at most
+log N - (N - 1) / N (arXiv 2401.01879).
 """
 
 from __future__ import annotations

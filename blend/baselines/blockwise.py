@@ -2,7 +2,7 @@
 
 arXiv 2502.00968, with hard selection. Every B steps, N candidates go B steps from the same x_t with different noise:
 x_{t-B} = argmax_n V(x_{t-B}^n), V(x_s) = r(x_0-hat(x_s)), x_0-hat Tweedie's prediction, decoded. With B = T it is
-best-of-N from one x_T, with B = 1 it selects at every step (as SVDD does).
+best-of-N from one x_T, with B = 1 it selects at every step.
 """
 
 from __future__ import annotations
