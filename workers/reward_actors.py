@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blend.finetune.config import TrainConfig
 from blend.finetune.errors import ConfigError, FinetuneError
-from blend.rewards import MovableReward, Reward, load_reward, start_scoring
+from blend.rewards import MovableReward, Reward, RewardError, load_reward, start_scoring
 
 # a batch whose actor died is scored again this many times: one that kills every actor must end the run
 TASK_RETRIES = 3
@@ -86,35 +86,54 @@ class RemoteReward:
 
 @contextmanager
 def reward_actors(config: TrainConfig) -> Iterator[dict[str, Reward]]:
-    """Yield the rewards of a run by name, served by `reward_actors` actors while the context lasts; {} for none.
+    """The trained and the watched rewards of a run on its `reward_actors`: see remote_rewards."""
+    names, beside = [config.reward, *config.guard.watch], config.num_workers if config.use_gpu else 0
+    with remote_rewards(names, config.reward_actors, config.reward_gpus, gpus_beside=beside) as rewards:
+        yield rewards
 
-    Every actor serves the trained and the watched rewards. ConfigError when the cluster lacks the GPUs,
-    FinetuneError when an actor does not start.
+
+@contextmanager
+def remote_rewards(
+    names: Sequence[str], count: int, gpus_each: float = 0.0, *, gpus_beside: int = 0
+) -> Iterator[dict[str, Reward]]:
+    """Yield these rewards by name, built in or plugins, each served by all `count` actors; {} for no actors.
+
+    Needs a connected Ray cluster; they may be sent to its other processes and end with the context. `gpus_beside`
+    are taken by others. ConfigError when the cluster lacks the GPUs, or an actor the reward's package; FinetuneError
+    when an actor does not start.
     """
-    if not config.reward_actors:
+    if not count:
         yield {}
         return
-    _require_gpus(config)
+    _require_gpus(count, gpus_each, gpus_beside)
     # No CPU: a cluster may have just the CPUs that its workers take, and an actor that waits for one while they wait
     # for its scores would never start.
-    actor_class = ray.remote(
-        num_cpus=0, num_gpus=config.reward_gpus, max_restarts=MAX_RESTARTS, max_task_retries=TASK_RETRIES
-    )(RewardActor)
-    actors = [actor_class.remote(on_gpu=config.reward_gpus > 0) for _ in range(config.reward_actors)]
+    actor_class = ray.remote(num_cpus=0, num_gpus=gpus_each, max_restarts=MAX_RESTARTS, max_task_retries=TASK_RETRIES)(
+        RewardActor
+    )
+    actors = [actor_class.remote(on_gpu=gpus_each > 0) for _ in range(count)]
     try:
-        names = [config.reward, *config.guard.watch]
-        references = [actor.load.remote(names) for actor in actors]
+        references = [actor.load.remote(list(names)) for actor in actors]
         done, waiting = ray.wait(references, num_returns=len(references), timeout=START_TIMEOUT_S)
         if waiting:
             raise FinetuneError(
                 f"reward_actors is {len(actors)}: {len(waiting)} of them did not start within {START_TIMEOUT_S:.0f} s; "
                 "stop another job that has the GPUs, or lower reward_gpus"
             )
-        answers = [_result(reference) for reference in done]
-        yield {facts.name: RemoteReward(facts, actors) for facts in answers[0]}
+        yield {facts.name: RemoteReward(facts, actors) for facts in _loaded(done)}
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _loaded(references: "Sequence[ray.ObjectRef]") -> list[RewardFacts]:
+    try:
+        answers = [_result(reference) for reference in references]
+    except RewardError as error:
+        raise ConfigError(
+            f"a reward actor cannot load its rewards: {error} (a plugin must be installed on every machine)"
+        ) from error
+    return answers[0]
 
 
 def gpus_of(actors: int, each: float) -> int:
@@ -126,13 +145,12 @@ def gpus_of(actors: int, each: float) -> int:
     return int(actors * each) if each >= 1 else math.ceil(actors / math.floor(1 / each))
 
 
-def _require_gpus(config: TrainConfig) -> None:
-    own = gpus_of(config.reward_actors, config.reward_gpus)
-    beside = config.num_workers if config.use_gpu else 0
+def _require_gpus(count: int, each: float, beside: int) -> None:
+    own = gpus_of(count, each)
     present = int(ray.cluster_resources().get("GPU", 0))
     if own and present < own + beside:
         raise ConfigError(
-            f"reward_gpus is {config.reward_gpus:g} and reward_actors {config.reward_actors}: they need {own} GPUs"
+            f"reward_gpus is {each:g} and reward_actors {count}: they need {own} GPUs"
             f"{f' beside the {beside} of the workers' if beside else ''} and the Ray cluster has {present}; "
             "lower either; reward_gpus = 0 scores on the CPU"
         )

@@ -4,46 +4,34 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from plugin_packages import CONTRACT, MODULE, MODULE_FILE, README, on_path, put_example, put_package
 
 from blend import rewards
 from blend.rewards import RewardError, load_reward, require_known
 from blend.rewards.contract import ContractError, check_reward
-from blend.rewards.plugins import GROUP
-
-README = Path(rewards.__file__).with_name("README.md").read_text()
-MODULE, CONTRACT = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-[PROJECT] = [tomllib.loads(block) for block in re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
-MODULE_FILE = re.search(r"`(\w+\.py)`:", README)[1]
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Put a package with these entry points and this module on the path, as an installer does."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def put(package: str, points: dict[str, str], module: str = "", *, file: str | None = None):
-        info = tmp_path / f"{package.replace('-', '_')}-1.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
-        lines = [f"{name} = {value}" for name, value in points.items()]
-        (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines, ""]))
-        name = file or f"{package.replace('-', '_')}.py"
-        (tmp_path / name).write_text(module)
-        monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
-        return tmp_path
-
-    return put
+def site(tmp_path):
+    """A directory on the path for packages."""
+    with on_path(tmp_path):
+        yield tmp_path
 
 
 @pytest.fixture
-def symmetry(install):
-    project = PROJECT["project"]
-    return install(project["name"], project["entry-points"][GROUP], MODULE, file=MODULE_FILE)
+def install(site):
+    """Put a package with these entry points and this module on the path."""
+    return lambda package, points, module: put_package(site, package, points, module)
+
+
+@pytest.fixture
+def symmetry(site):
+    put_example(site)
+    return site
 
 
 def variant(**facts: str) -> str:
@@ -63,13 +51,13 @@ def test_the_example_is_short_and_works_as_it_stands(symmetry):
     assert reward(torch.cat([half, torch.full_like(half, 0.3)]), ["", ""]).tolist() == [0, 1]
 
 
-def test_the_examples_contract_test_passes_and_can_fail(install, symmetry):
+def test_the_examples_contract_test_passes_and_can_fail(symmetry):
     scope: dict[str, object] = {}
     exec(compile(CONTRACT, "README.md", "exec"), scope)
     [test] = [value for name, value in scope.items() if name.startswith("test_")]
     test()
     (symmetry / MODULE_FILE).write_text(MODULE.replace("mean((1, 2, 3))", "mean().expand(len(images))"))
-    sys.modules.pop("symmetry_reward")
+    sys.modules.pop(Path(MODULE_FILE).stem)
     with pytest.raises(ContractError, match="batch invariance"):
         test()
 

@@ -1,5 +1,7 @@
 """What the tests of this room share: a service over the tiny model in this process, and one Ray cluster."""
 
+import os
+
 import pytest
 
 
@@ -38,7 +40,17 @@ def client(service):
 
 
 @pytest.fixture(scope="session")
-def cluster(tiny_store_url):
+def plugin_site(tmp_path_factory):
+    """A directory with an installed reward plugin, `symmetry`, on the path of Ray's workers alone."""
+    from plugin_packages import put_example
+
+    directory = tmp_path_factory.mktemp("site")
+    put_example(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cluster(tiny_store_url, plugin_site):
     """A Ray cluster of two CPUs; whatever asks for one of its own while this is up gets this one.
 
     tiny_store_url sets the cache's place, which Ray's processes take over when they start.
@@ -46,6 +58,7 @@ def cluster(tiny_store_url):
     from workers.cluster import ray_session
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(plugin_site), prepend=os.pathsep)
         # figures reach the metrics page ten times sooner than by default
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         with ray_session(num_cpus=2, num_gpus=0) as address:

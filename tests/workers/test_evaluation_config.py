@@ -114,7 +114,7 @@ def test_prompts_come_from_a_list_a_file_beside_the_run_or_the_sprites(tmp_path)
     [
         ("sedes = 3", "sedes", "unknown key 'sedes'; known keys: bundle"),
         ('methods = ["mpa", "best"]', "methods", "unknown method 'best'; choose from mpa, ls, soup, cached, staged"),
-        ('rewards = ["beauty"]', "rewards", "unknown reward 'beauty'; choose from colourfulness"),
+        ('rewards = ["beauty"]', "rewards", "unknown reward 'beauty'; choose one of colourfulness"),
         ("seeds = []", "seeds", "one or more different numbers"),
         ("seeds = 0", "seeds", "one or more different numbers"),
         ("seeds = [1, 1]", "seeds", "one or more different numbers"),

@@ -6,10 +6,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blend.preference import METHODS
-from blend.rewards import REWARDS
+from blend.rewards import require_known
 
 SPRITES_TEST = "sprites-test"
 
@@ -45,7 +45,7 @@ class EvaluateConfig(BaseModel):
     num_prompts: int | None = Field(None, ge=1)
     # Seeds, the same for every prompt and method; a number n stands for 0 .. n-1.
     seeds: Annotated[tuple[int, ...], BeforeValidator(_counted)] = (0, 1, 2, 3)
-    # Rewards to score by; empty: those the bundle's adapters were tuned for.
+    # Rewards to score by, built in or plugins, on top of those the bundle's adapters were tuned for.
     rewards: tuple[str, ...] = ()
     # Ways of blending to compare. Base and single adapters are always measured.
     methods: tuple[str, ...] = ("mpa", "staged", "ls", "soup")
@@ -75,6 +75,10 @@ class EvaluateConfig(BaseModel):
     num_workers: int = Field(2, ge=0, le=1024)
     # Share of a GPU for each actor; 0 works on the CPU.
     gpus_per_worker: float = Field(0.0, ge=0, le=8)
+    # Ray actors that score for all workers, for rewards that are models; 0 scores in each worker ...
+    reward_actors: int = Field(0, ge=0, le=1024)
+    # ... and the share of a GPU for each of them.
+    reward_gpus: float = Field(0.0, ge=0, le=8)
     # Images generated together; seeds of one prompt are never split.
     batch_size: int = Field(16, ge=1, le=4096)
     # Bootstrap resamples over prompts, their seed, and the coverage of the intervals.
@@ -94,7 +98,9 @@ class EvaluateConfig(BaseModel):
     @field_validator("rewards")
     @classmethod
     def _known_rewards(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _known("reward", value, REWARDS)
+        for name in value:
+            require_known(name)
+        return tuple(dict.fromkeys(value))
 
     @field_validator("seeds")
     @classmethod
@@ -109,6 +115,12 @@ class EvaluateConfig(BaseModel):
         if any(not 0 <= weight <= 1 for weight in value):
             raise ValueError(f"{list(value)} must all lie in [0, 1]")
         return value
+
+    @model_validator(mode="after")
+    def _actors_need_ray(self) -> Self:
+        if self.reward_actors and not self.num_workers:
+            raise ValueError(f"reward_actors is {self.reward_actors} and num_workers 0: actors need Ray, use 1 or more")
+        return self
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "run") -> Self:
@@ -174,4 +186,6 @@ def _explain(error: ValidationError, source: str, fields: tuple[str, ...]) -> Ev
     if first["type"] == "extra_forbidden":
         return EvaluationError(f"{source}: unknown key {key!r}; known keys: {', '.join(fields)}", key)
     message = first["msg"].removeprefix("Value error, ")
+    if key is None:
+        return EvaluationError(f"{source}: {message}", message.partition(" ")[0])
     return EvaluationError(f"{source}: {key} = {first['input']!r}: {message}", key)

@@ -9,7 +9,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,7 +30,12 @@ from workers.evaluation.report import Facts
 from workers.evaluation.scoring import Item, Job, Record, plan_items, score_all
 
 # What changes how the work is done, but not its result.
-PLACEMENT = {"bundle", "num_workers", "gpus_per_worker"}
+PLACEMENT = {"bundle", "num_workers", "gpus_per_worker", "reward_actors", "reward_gpus"}
+# Columns that are there whatever is evaluated.
+COLUMNS = {
+    *("cell", "method", "kl_lambda", "prompt", "prompt_index", "seed", "diversity", "rows", "path_kl", "seconds"),
+    *("prompts", "samples", "weighted_gain", "share", "switch_share", "pareto"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ def plan(config: EvaluateConfig, bundle: LoadedBundle, adapter_rewards: Mapping[
         raise EvaluationError("prompts: one prompt with one seed says nothing; give more of either", "prompts")
     if "ls" in config.methods and config.eta == 0:
         raise EvaluationError("eta = 0: method ls needs eta > 0; raise eta or leave ls out of methods", "eta")
+    _refuse_columns(names)
     cells = plan_cells(config, basis)
     versions = {name: _reward_version(name) for name in names}
     identity = {
@@ -98,6 +104,15 @@ def plan(config: EvaluateConfig, bundle: LoadedBundle, adapter_rewards: Mapping[
     digest = hashlib.sha256(canonical(identity)).hexdigest()
     job = Job(config, bundle, basis, tuple(cells), tuple(config.prompts), names)
     return Plan(config, job, objectives, versions, digest)
+
+
+def _refuse_columns(rewards: Sequence[str]) -> None:
+    """A reward is a column of the tables: it may not take the place of another one."""
+    for name in rewards:
+        if name in COLUMNS or name.startswith("w_") or name.endswith(("_low", "_high", "_gain")):
+            raise EvaluationError(
+                f"rewards: {name!r} is also a column of the tables: give the plugin another name", "rewards"
+            )
 
 
 def _reward_version(name: str) -> str:

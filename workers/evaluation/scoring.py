@@ -6,9 +6,11 @@ belong to that cell alone. Noise is keyed by (seed, step), so results do not dep
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from blend.engine import Sample
+from blend.finetune.errors import FinetuneError
 from blend.metrics import diversity
-from blend.rewards import load_reward
+from blend.rewards import MovableReward, Reward, RewardError, load_reward, start_scoring
 from workers.bundles import LoadedBundle, load_engine
 from workers.cluster import ray_session
 from workers.evaluation.config import EvaluateConfig, EvaluationError
@@ -73,13 +76,14 @@ def plan_items(job: Job, pictured: Sequence[int] = ()) -> list[Item]:
 class Scorer:
     """One copy of the bundle and the rewards; scores items one after another."""
 
-    def __init__(self, job: Job, *, own_process: bool = False) -> None:
+    def __init__(self, job: Job, rewards: Mapping[str, Reward] | None = None, *, own_process: bool = False) -> None:
+        """`rewards`, by name, are computed elsewhere; the others are loaded here."""
         on_gpu = job.config.gpus_per_worker > 0
         if own_process and not on_gpu:
             torch.set_num_threads(1)
         self._job = job
         self._engine = load_engine(job.bundle, device="cuda" if on_gpu else "cpu")
-        self._rewards = {name: load_reward(name) for name in job.rewards}
+        self._rewards: dict[str, Reward] = dict(rewards or {})
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -91,7 +95,23 @@ class Scorer:
             self._engine.decode([output.latents])
 
     def ready(self) -> None:
-        """Answers once the bundle is loaded."""
+        """Answers once bundle and rewards are loaded."""
+        for name in self._job.rewards:
+            self._reward(name)
+
+    def _reward(self, name: str) -> Reward:
+        # not in the constructor: an error there reaches the caller as an actor's death
+        if name not in self._rewards:
+            try:
+                reward = load_reward(name)
+            except RewardError as error:
+                raise EvaluationError(
+                    f"rewards: a worker cannot load it: {error} (a plugin must be installed on every machine)",
+                    "rewards",
+                ) from error
+            movable = self._job.config.gpus_per_worker and isinstance(reward, MovableReward)
+            self._rewards[name] = reward.to("cuda") if movable else reward
+        return self._rewards[name]
 
     def score(self, item: Item) -> Scored:
         """Generate the item's samples, score them, and keep the pictures asked for."""
@@ -139,9 +159,11 @@ class Scorer:
 
     def _columns(self, images: torch.Tensor, prompts: list[str]) -> dict[str, NDArray[np.float64]]:
         columns: dict[str, NDArray[np.float64]] = {}
-        for name, reward in self._rewards.items():
-            values = reward(images, prompts).detach().cpu().numpy().astype(np.float64)
-            if values.shape != (len(prompts),) or not np.isfinite(values).all():
+        waits = {name: self._start(name, images, prompts) for name in self._job.rewards}
+        for name, wait in waits.items():
+            with _naming(name, prompts):
+                values = wait().numpy().astype(np.float64)
+            if not np.isfinite(values).all():
                 raise EvaluationError(f"rewards: {name} gave {values} for {len(prompts)} images", "rewards")
             columns[name] = values
         seeds = len(self._job.config.seeds)
@@ -151,6 +173,10 @@ class Scorer:
         )
         return columns
 
+    def _start(self, name: str, images: torch.Tensor, prompts: list[str]) -> Callable[[], torch.Tensor]:
+        with _naming(name, prompts):
+            return start_scoring(self._reward(name), images, prompts)
+
     def _pictures(self, item: Item, images: torch.Tensor) -> dict[int, NDArray[np.uint8]]:
         seeds = len(self._job.config.seeds)
         return {
@@ -158,6 +184,20 @@ class Scorer:
             for position, prompt in enumerate(item.prompts)
             if prompt in item.pictures
         }
+
+
+@contextmanager
+def _naming(name: str, prompts: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except EvaluationError:
+        raise
+    except Exception as error:
+        raise EvaluationError(
+            f"rewards: {name} failed on {len(prompts)} images, the first of {prompts[0]!r}: "
+            f"{type(error).__name__}: {error}",
+            "rewards",
+        ) from error
 
 
 def score_all(job: Job, items: Sequence[Item]) -> Iterator[Scored]:
@@ -174,12 +214,12 @@ def _score_on_ray(job: Job, queue: deque[Item]) -> Iterator[Scored]:
     import ray
 
     remaining, count = len(queue), min(job.config.num_workers, len(queue))
-    with ray_session(count):
+    with ray_session(count), _rewards_elsewhere(job) as rewards:
         actor_class = ray.remote(num_cpus=1, num_gpus=job.config.gpus_per_worker, max_restarts=2, max_task_retries=2)(
             Scorer
         )
         shared = ray.put(job)
-        actors = [actor_class.remote(shared, own_process=True) for _ in range(count)]
+        actors = [actor_class.remote(shared, rewards, own_process=True) for _ in range(count)]
         started = False
         working: dict[Any, Any] = {actor.ready.remote(): actor for actor in actors}
         try:
@@ -196,6 +236,23 @@ def _score_on_ray(job: Job, queue: deque[Item]) -> Iterator[Scored]:
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+
+@contextmanager
+def _rewards_elsewhere(job: Job) -> Iterator[dict[str, Reward]]:
+    """The rewards on actors of their own; {} where each worker computes them."""
+    from workers.reward_actors import remote_rewards
+
+    config = job.config
+    beside = math.ceil(config.num_workers * config.gpus_per_worker)
+    with ExitStack() as stack:
+        try:
+            rewards = stack.enter_context(
+                remote_rewards(job.rewards, config.reward_actors, config.reward_gpus, gpus_beside=beside)
+            )
+        except FinetuneError as error:
+            raise EvaluationError(str(error), "reward_actors") from error
+        yield rewards
 
 
 def _next_done(references: list[Any], *, timeout: float | None) -> Any:
