@@ -2,5 +2,15 @@
 
 from workers.evaluation.config import EvaluateConfig, EvaluationError
 from workers.evaluation.evaluate import EvaluationResult, Plan, Progress, evaluate, plan
+from workers.evaluation.reading import load_evaluation
 
-__all__ = ["EvaluateConfig", "EvaluationError", "EvaluationResult", "Plan", "Progress", "evaluate", "plan"]
+__all__ = [
+    "EvaluateConfig",
+    "EvaluationError",
+    "EvaluationResult",
+    "Plan",
+    "Progress",
+    "evaluate",
+    "load_evaluation",
+    "plan",
+]

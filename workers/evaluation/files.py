@@ -21,7 +21,9 @@ from workers.evaluation.style import DARK, LIGHT
 COMMIT = "summary.json"
 REPORT = "report.html"
 SAMPLES = "samples.parquet"
-NAMES = (SAMPLES, "summary.parquet", "summary.csv", "pareto.png", "shares.png", "dial.png", "grid.png", REPORT, COMMIT)
+SUMMARY_TABLE = "summary.parquet"
+SCHEMA_VERSION = 1
+NAMES = (SAMPLES, SUMMARY_TABLE, "summary.csv", "pareto.png", "shares.png", "dial.png", "grid.png", REPORT, COMMIT)
 FIGURES = {"pareto": pareto_png, "shares": shares_png, "dial": dial_png}
 
 
@@ -43,7 +45,7 @@ def write_files(
     labels = {cell: cell_label(records[cell], analysis.basis) for cell in rows}
     shown = {prompt: facts.prompts[prompt] for prompt in sorted({prompt for _, prompt in pictures})}
     frame.to_parquet(directory / SAMPLES, index=False)
-    analysis.summary.to_parquet(directory / "summary.parquet", index=False)
+    analysis.summary.to_parquet(directory / SUMMARY_TABLE, index=False)
     analysis.summary.to_csv(directory / "summary.csv", index=False)
     for name, chart in charts.items():
         (directory / f"{name}.png").write_bytes(chart.light)
@@ -70,7 +72,7 @@ def _charts(analysis: Analysis) -> dict[str, Chart]:
 
 def _summary(config: EvaluateConfig, facts: Facts, analysis: Analysis) -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "facts": asdict(facts),
         "config": config.model_dump(mode="json"),
         "headline": lede(analysis),
