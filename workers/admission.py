@@ -22,6 +22,16 @@ class Load:
     rows_per_s: float
 
 
+def late(max_queue_s: float, backlog_s: float) -> QueueFullError:
+    """The refusal of a request that was let in by a forecast which did not hold: the machine has become slower."""
+    wait = max(1, math.ceil(backlog_s))
+    return QueueFullError(
+        f"the queue is full: the request has waited {max_queue_s:g} s, which is the bound, and {backlog_s:.1f} s of "
+        f"work are waiting; try again in about {wait} s",
+        wait,
+    )
+
+
 class Rate:
     """Rows per second: a mean over time that forgets, in which steps of full batches weigh most.
 

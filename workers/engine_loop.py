@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blend.engine import BlendEngine, DenoisingError, Output, Sample
-from workers.admission import Load, Rate, check_room
+from workers.admission import Load, Rate, check_room, late
 from workers.fair_queue import FairQueue
 from workers.images import to_uint8
 from workers.jobs import DeadlineError, EngineFaultError, Finished, Forecast, Job, Preview, Progress
@@ -85,6 +85,7 @@ class EngineLoop:
             job.deadline = job.arrived + deadline_s
         with self._lock:
             if not admitted:
+                job.start_by = job.arrived + self.max_queue_s
                 load = Load(self._left(), self._left(client), self.rows_per_s)
                 check_room(forecast.rows, load, max_queue_s=self.max_queue_s, deadline_s=deadline_s)
             self._jobs.add(job)
@@ -147,10 +148,13 @@ class EngineLoop:
 
     def _expire(self) -> None:
         now = time.perf_counter()
-        for job in [job for job in list(self._jobs) if job.deadline is not None and now > job.deadline]:
-            if not job.denoised:
+        for job in list(self._jobs):
+            if job.deadline is not None and now > job.deadline and not job.denoised:
                 self._abort(job)
                 self._fail(job, DeadlineError("the deadline passed before the images were ready"))
+            elif job.start_by is not None and now > job.start_by and not job.tickets:
+                self._abort(job)
+                self._fail(job, late(self.max_queue_s, self.backlog_s))
 
     def _feed(self) -> None:
         """Hand samples to the engine as far as rows are free; what waits, waits here, where it is fair."""

@@ -75,6 +75,7 @@ class Job:
     forecast: Forecast
     client: str = ""
     deadline: float | None = None  # by time.perf_counter
+    start_by: float | None = None  # likewise; given up if it has not begun by then
     # called from the engine's threads; must return at once
     listener: Callable[[Progress | Preview], None] | None = None
     previews: int = 0  # of each sample

@@ -7,6 +7,7 @@ Serve reads the type of `build_app`'s argument to parse `args` of a configuratio
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -78,8 +79,9 @@ class EngineReplica:
         return await self._host.service.generate(request, caller)
 
     async def stream(self, request: GenerationRequest, caller: Caller) -> AsyncIterator[Event | Refusal]:
-        async for event in self._host.service.stream(request, caller):
-            yield event
+        async with contextlib.aclosing(self._host.service.stream(request, caller)) as events:
+            async for event in events:
+                yield event
 
     async def readiness(self) -> Health | Refusal:
         return await self._host.readiness()

@@ -6,11 +6,12 @@
     disconnects  clients that close the connection while their images are made
     fuzz         cases from the endpoint's own /openapi.json, and hostile bodies
 
-The figures are written when all parts have run; with --only they are shown and not written. The exit status is 1 when
-a promise did not hold. All requests go to this machine.
+With --only the figures of the other parts stay as they were measured last; `measured` says when each was. The exit status
+is 1 when a promise did not hold. All requests go to this machine.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -24,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from endpoint_parts import disconnects, equality, fuzz, overload, rivals
 from endpoint_parts.outcome import Outcome
 from endpoint_parts.service import Stage, open_stage
-from figures import flatten, write_figures
+from figures import RESULTS, write_figures
 from rich.console import Console
 from rich.table import Table
 
@@ -78,6 +79,7 @@ PARTS: dict[str, Callable[[Stage, argparse.Namespace], Outcome]] = {
     "disconnects": run_disconnects,
     "fuzz": run_fuzz,
 }
+SUMS = {"requests": "sent_in_all", "errors_5xx": "errors_5xx", "wrong": "wrong"}
 # what the README quotes -> where it stands
 HEADLINE = {
     "mismatches": ("equality", "mismatches"),
@@ -92,10 +94,9 @@ HEADLINE = {
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The parts that were asked for, on one cluster: figures, and what was wrong."""
+    """The parts that were asked for, on one cluster: figures of each, and what was wrong."""
     parts: dict[str, Any] = {}
     wrong: list[str] = []
-    requests = errors = 0
     with open_stage() as stage:
         for part in options.only:
             say(part)
@@ -106,11 +107,29 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 traceback.print_exc()
                 wrong.append(f"{part} broke off: {error!r}")
                 continue
-            parts[part] = outcome.figures
-            requests, errors = requests + len(outcome.answers), errors + outcome.errors_5xx
-            wrong += [f"{part}: {words}" for words in outcome.complaints()]
-    summary = {"requests": requests, "errors_5xx": errors, **headline(parts), "wrong": len(wrong)}
-    return {**summary, "load_average": round(os.getloadavg()[1], 2), **parts}, wrong
+            complaints = outcome.complaints()
+            wrong += [f"{part}: {words}" for words in complaints]
+            parts[part] = {
+                "measured": f"{time.strftime('%Y-%m-%d')}: {' '.join(sys.argv)}",
+                "sent_in_all": len(outcome.answers),
+                "errors_5xx": outcome.errors_5xx,
+                "wrong": len(complaints),
+                "load_average": round(os.getloadavg()[1], 2),
+                **outcome.figures,
+            }
+    return parts, wrong
+
+
+def with_earlier(parts: dict[str, Any]) -> dict[str, Any]:
+    """These parts, and those that were measured before and not now."""
+    path = RESULTS / "endpoint.json"
+    earlier = json.loads(path.read_text())["figures"] if path.exists() else {}
+    return {part: parts.get(part) or earlier[part] for part in PARTS if part in parts or part in earlier}
+
+
+def summed_up(parts: dict[str, Any]) -> dict[str, Any]:
+    sums = {name: sum(part[key] for part in parts.values()) for name, key in SUMS.items()}
+    return {**sums, **headline(parts), **parts}
 
 
 def headline(parts: dict[str, Any]) -> dict[str, Any]:
@@ -151,11 +170,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    figures, wrong = measure(options)
-    if set(options.only) == set(PARTS):
-        write_figures("endpoint", figures)
-    else:
-        print(*(f"{key}: {value}" for key, value in flatten(figures)), sep="\n")
+    parts, wrong = measure(options)
+    figures = summed_up(with_earlier(parts))
+    write_figures("endpoint", figures)
     print_summary(figures)
     for words in wrong:
         print(f"wrong: {words}")

@@ -10,7 +10,7 @@ import pytest
 from endpoints import ROUTE, events_of, wait_until
 from PIL import Image
 
-from workers.api import Caller, GenerationRequest
+from workers.api import Caller, GenerationRequest, Refusal
 from workers.images import ImageFactsError, read_facts
 from workers.routes import create_http
 from workers.service import GenerationService
@@ -109,6 +109,26 @@ def test_a_deadline_that_passes_ends_the_work(client, service):
     assert late.status_code == 408
     assert late.json()["error"]["type"] == "timeout_error"
     wait_until(lambda: service.loop.in_flight == 0 and service.opened.engine.idle)
+
+
+def test_no_one_waits_longer_than_the_bound_even_where_the_forecast_was_wrong(opened):
+    """A machine that is taken for a fast one lets too much in; what has not begun by then is turned away."""
+    service = GenerationService(opened, max_queue_s=0.5)
+    for _ in range(200):
+        service.loop._rate.observe(1e6, 1e-3, weight=1.0)
+
+    async def run() -> list:
+        request = GenerationRequest(**{**BASE, "n": 8, "num_inference_steps": 60})
+        return await asyncio.gather(*(service.generate(request, Caller(client=str(i))) for i in range(12)))
+
+    answers = asyncio.run(run())
+    refused = [answer for answer in answers if isinstance(answer, Refusal)]
+    assert {answer.status for answer in refused} == {429}
+    assert all("has waited 0.5 s" in answer.message and answer.retry_after_s >= 1 for answer in refused)
+    assert all(answer.usage.queue_ms < 1e3 * 2 for answer in answers if not isinstance(answer, Refusal))
+    assert len(refused) < len(answers)
+    wait_until(lambda: service.loop.in_flight == 0)
+    service.close()
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_work(service, opened):

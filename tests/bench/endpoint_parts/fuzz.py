@@ -135,6 +135,11 @@ def send_oddities(fuzzer: Fuzzer, request: Callable[..., Any]) -> None:
 def _well_formed(reply: Any) -> None:
     if reply.status_code < 400:
         return
+    if reply.headers.get("content-type", "").partition(";")[0] != "application/json":
+        # what is no HTTP is refused by the proxy's own parser, in its own words
+        if reply.status_code < 500:
+            return
+        raise Failure(operation="hostile", title="a failure that is no JSON", message=reply.text[:200])
     body = reply.json()
     if set(body) != {"error"} or set(body["error"]) != {"message", "type", "param"}:
         raise Failure(operation="hostile", title="an error without message, type and param", message=reply.text[:200])
