@@ -6,8 +6,8 @@
     disconnects  clients that close the connection while their images are made
     fuzz         cases from the endpoint's own /openapi.json, and hostile bodies
 
-With --only the figures of the other parts stay as they were measured last; `measured` says when each was. The exit status
-is 1 when a promise did not hold. All requests go to this machine.
+With --only the figures of the other parts stay as they were measured last; `measured` says when each was. The exit
+status is 1 when a promise did not hold. All requests go to this machine.
 """
 
 import argparse
