@@ -76,15 +76,16 @@ class EngineLoop:
         client: str = "",
         deadline_s: float | None = None,
         admitted: bool = False,
+        probe: bool = False,
         listener: Callable[[Progress | Preview], None] | None = None,
         previews: int = 0,
     ) -> Job:
         """Take a group in. QueueFullError if it does not fit, unless it was `admitted`; an empty queue takes any."""
-        job = Job(samples, forecast, client=client, listener=listener, previews=previews)
+        job = Job(samples, forecast, client=client, probe=probe, listener=listener, previews=previews)
         if deadline_s is not None:
             job.deadline = job.arrived + deadline_s
         with self._lock:
-            if not admitted:
+            if not (admitted or probe):
                 job.start_by = job.arrived + self.max_queue_s
                 load = Load(self._left(), self._left(client), self.rows_per_s)
                 check_room(forecast.rows, load, max_queue_s=self.max_queue_s, deadline_s=deadline_s)
@@ -114,7 +115,7 @@ class EngineLoop:
         self._decoder.shutdown()
 
     def _left(self, client: str | None = None) -> float:
-        return sum(job.left for job in list(self._jobs) if client is None or job.client == client)
+        return sum(job.left for job in list(self._jobs) if not job.probe and client in (None, job.client))
 
     def _run(self) -> None:
         try:

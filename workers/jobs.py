@@ -76,6 +76,7 @@ class Job:
     client: str = ""
     deadline: float | None = None  # by time.perf_counter
     start_by: float | None = None  # likewise; given up if it has not begun by then
+    probe: bool = False  # the health check's own row, which is in no one's way
     # called from the engine's threads; must return at once
     listener: Callable[[Progress | Preview], None] | None = None
     previews: int = 0  # of each sample

@@ -135,7 +135,7 @@ class GenerationService:
 
     async def _try_forward(self) -> None:
         samples = [self._probe(0, steps=1)]
-        await self.loop.finish(self.loop.enter(samples, forecast(samples, self.opened.basis), admitted=True))
+        await self.loop.finish(self.loop.enter(samples, forecast(samples, self.opened.basis), probe=True))
 
     def _enter(
         self, request: GenerationRequest, caller: Caller, listener: Callable[[Progress | Preview], None] | None = None

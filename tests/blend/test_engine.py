@@ -115,7 +115,7 @@ def test_one_adapter_equals_a_whole_diffusers_call_with_the_same_generator(engin
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images[0]
-    assert_same(latents_of(engine.run([sample])[0]), expected)
+    assert_same_in_company(latents_of(engine.run([sample])[0]), expected)
 
 
 def test_the_base_needs_no_adapters_at_all(engine, tiny_model):
@@ -263,7 +263,8 @@ def test_the_path_kl_is_zero_for_the_base_grows_with_lambda_and_costs_rows_only_
         ]
     )
     assert (plain.rows, plain.path_kl, plain.trajectory) == (8, None, None)
-    assert (recorded.rows, recorded.path_kl) == (16, pytest.approx(values[2]))
+    # float32 sums in batches of other sizes: the fifth digit is the processor's
+    assert (recorded.rows, recorded.path_kl) == (16, pytest.approx(values[2], rel=1e-5))
     assert (only_recorded.rows, only_recorded.path_kl) == (8, None)
     assert_same(latents_of(recorded), latents_of(plain))
 

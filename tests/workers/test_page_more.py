@@ -176,6 +176,7 @@ def test_a_busy_server_is_asked_again(visit, page_service, page_url, monkeypatch
     tab = visit().open_quick()
     tab.settle()
     tab.until(lambda: tab.locate("#strip .tile img[src]").count() == 5 and page_service.loop.in_flight == 0)
+    bound = page_service.loop.max_queue_s
     monkeypatch.setattr(page_service.loop, "max_queue_s", 0.001)
     leave = threading.Event()
 
@@ -198,6 +199,7 @@ def test_a_busy_server_is_asked_again(visit, page_service, page_url, monkeypatch
         leave.set()
         thread.join()
     tab.until(lambda: page_service.loop.in_flight == 0)
+    monkeypatch.setattr(page_service.loop, "max_queue_s", bound)
     tab.page.get_by_role("button", name="Try now").click()
     assert tab.settle()
 

@@ -65,9 +65,12 @@ def endpoint(cluster, args):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFUSION_BLEND_TOKEN", USER)
-        yield deploy(args, host="127.0.0.1", port=check_port("127.0.0.1", 0))
-    undeploy()
-    serve.shutdown()
+        try:
+            yield deploy(args, host="127.0.0.1", port=check_port("127.0.0.1", 0))
+        finally:
+            # what is left running would keep the cluster's processors from the tests that come after
+            undeploy()
+            serve.shutdown()
 
 
 @pytest.fixture(scope="module")
