@@ -270,7 +270,7 @@ class EngineLoop:
                 decode_ms=1e3 * (time.perf_counter() - denoised),
             )
             if not job.future.done() and job.future.set_running_or_notify_cancel():
-                self.counts["finished"] += 1
+                self.counts["finished"] += not job.probe
                 job.future.set_result(finished)
         except Exception as error:
             log.exception("decoding failed")
