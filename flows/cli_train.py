@@ -32,7 +32,9 @@ def train(
     from blend.finetune.config import TrainConfig
 
     config = TrainConfig.from_toml(run)
-    typer.echo(f"Checking {run}: {config.name} toward {config.reward}, {config.iterations} iterations ...", err=True)
+    typer.echo(
+        f"Checking {run}: {config.name} toward {config.reward_label}, {config.iterations} iterations ...", err=True
+    )
 
     from workers.checkpoints import checkpoint_location
     from workers.publishing import check_store, publish_fit, run_directory

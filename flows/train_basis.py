@@ -85,7 +85,7 @@ def fit(
     from workers.training_display import progress_line
 
     logger = get_run_logger()
-    description = f"{config.name}: {config.iterations} iterations toward {config.reward}"
+    description = f"{config.name}: {config.iterations} iterations toward {config.reward_label}"
     key = artifact_key(config.name, "progress")
     artifact = create_progress_artifact(progress=0.0, key=key, description=description)
 

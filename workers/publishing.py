@@ -39,7 +39,7 @@ def publish_fit(
     config: TrainConfig, result: FitResult, store_url: str | None = None, run_ids: Mapping[str, str] | None = None
 ) -> AdapterRecord:
     """Publish the adapter's directory; the same run published again is the version that is already there."""
-    reward = load_reward(config.reward)
+    rewards = [load_reward(name) for name in config.rewards]
     base_path = resolve_base(config.base_model)
     local = Path(config.base_model).is_dir()
     facts = AdapterFacts(
@@ -47,9 +47,9 @@ def publish_fit(
         rank=config.rank,
         alpha=float(config.rank),
         target_modules=ATTENTION_TARGETS,
-        reward=config.reward,
-        reward_version=reward.version,
-        reward_sha256=getattr(reward, "sha256", None),
+        reward=config.reward_label,
+        reward_version=" + ".join(reward.version for reward in rewards),
+        reward_sha256=getattr(rewards[0], "sha256", None) if len(rewards) == 1 else None,
         kl_weight=result.kl_weight,
         kl_target=config.kl_target,
         seed=config.seed,

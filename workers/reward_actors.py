@@ -87,7 +87,7 @@ class RemoteReward:
 @contextmanager
 def reward_actors(config: TrainConfig) -> Iterator[dict[str, Reward]]:
     """The trained and the watched rewards of a run on its `reward_actors`: see remote_rewards."""
-    names, beside = [config.reward, *config.guard.watch], config.num_workers if config.use_gpu else 0
+    names, beside = [*config.rewards, *config.guard.watch], config.num_workers if config.use_gpu else 0
     with remote_rewards(names, config.reward_actors, config.reward_gpus, gpus_beside=beside) as rewards:
         yield rewards
 

@@ -21,6 +21,7 @@ from blend.finetune.trainer import Trainer
 from blend.finetune.workgroup import Workgroup
 from blend.model import load_model, model_hash
 from blend.rewards import MovableReward, Reward, RewardError, load_reward
+from blend.rewards.weighted import WeightedReward
 from infra.settings import read_settings
 from workers.bundles import resolve_base
 from workers.checkpoints import checkpoint_location, open_checkpoints
@@ -61,7 +62,7 @@ class TrainJob(BaseModel):
             self.prompts,
             self.held_out_prompts,
             self.base_hash,
-            [load_reward(name).version for name in (self.config.reward, *sorted(self.config.guard.watch))],
+            [load_reward(name).version for name in (*self.config.rewards, *sorted(self.config.guard.watch))],
             version("diffusion-blend"),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -75,31 +76,44 @@ class TrainJob(BaseModel):
         self, device: str = "cpu", workgroup: Workgroup | None = None, rewards: Mapping[str, Reward] | None = None
     ) -> Trainer:
         """A fresh trainer of this job on a device; rewards not given by name are computed in this process."""
-        rewards = rewards or {}
+        given = rewards or {}
+        named = {
+            name: given.get(name) or load_reward(name) for name in (*self.config.rewards, *self.config.guard.watch)
+        }
         model = load_model(resolve_base(self.config.base_model), device=device, dtype=DTYPES[self.config.dtype])
         return Trainer(
             self.config,
             model,
-            rewards.get(self.config.reward) or load_reward(self.config.reward),
+            trained_reward(self.config, named),
             self.prompts,
             self.held_out_prompts,
             workgroup,
             base_hash=self.base_hash,
-            watched={name: rewards.get(name) or load_reward(name) for name in self.config.guard.watch},
+            watched={name: named[name] for name in self.config.guard.watch},
         )
+
+
+def trained_reward(config: TrainConfig, rewards: Mapping[str, Reward]) -> Reward:
+    """The reward of a run from its parts; a mix gets its scales from the trainer, which measures the base first."""
+    if isinstance(config.reward, str):
+        return rewards[config.reward]
+    return WeightedReward(rewards, config.reward, dict.fromkeys(config.reward, (0.0, 1.0)))
 
 
 def _require_rewards(config: TrainConfig) -> None:
     """Raise ConfigError that names the key of an unknown reward, or GPUs that no reward would use."""
     movable = False
-    for key, name in (("reward is", config.reward), *(("guard.watch has", name) for name in config.guard.watch)):
+    for key, name in (
+        *(("reward is", name) for name in config.rewards),
+        *(("guard.watch has", name) for name in config.guard.watch),
+    ):
         try:
             movable |= isinstance(load_reward(name), MovableReward)
         except RewardError as error:
             raise ConfigError(f"{key} {name!r}: {error}") from None
     if config.reward_actors and config.reward_gpus and not movable:
         raise ConfigError(
-            f"reward_gpus is {config.reward_gpus:g}: {config.reward!r} is computed on the CPU and leaves them idle; "
+            f"reward_gpus is {config.reward_gpus:g}: {config.reward_label!r} is computed on the CPU and leaves them idle; "
             "set it to 0"
         )
 

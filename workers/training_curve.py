@@ -58,7 +58,7 @@ def _reward(axes: Axes, config: TrainConfig, history: Sequence[Metrics], held: S
         color=HELD,
         label="held out\n(95 % interval)",
     )
-    axes.set_ylabel(config.reward)
+    axes.set_ylabel(config.reward_label)
     goal = f"kl_weight {config.kl_weight:g}"
     goal += f", kl_target {config.kl_target:g} nats" if config.kl_target is not None else ""
     axes.set_title(f"{config.name}: {config.objective}, {goal}")

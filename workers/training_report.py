@@ -55,7 +55,7 @@ def outcome_sentence(config: TrainConfig, history: Sequence[Metrics]) -> str:
     base, tuned = outcome.base, outcome.tuned
     controlled = "" if config.kl_target is None else f" (kl_target {config.kl_target:g}, alpha {outcome.alpha:.3g})"
     sentence = (
-        f"{config.reward} on held-out prompts: {base['held_out_mean']:.3f} -> {tuned['held_out_mean']:.3f} "
+        f"{config.reward_label} on held-out prompts: {base['held_out_mean']:.3f} -> {tuned['held_out_mean']:.3f} "
         f"± {tuned['held_out_ci']:.3f} ({outcome.gain:+.2f} base standard deviations) at a path KL of "
         f"{tuned['held_out_path_kl']:.1f} nats{controlled}"
     )
@@ -74,7 +74,7 @@ def outcome_table(config: TrainConfig, history: Sequence[Metrics]) -> str:
         ("held out", "base", "tuned", "change in base standard deviations"),
         ("---",) * 4,
         (
-            f"{config.reward} (trained)",
+            f"{config.reward_label} (trained)",
             f"{base['held_out_mean']:.4f} ± {base['held_out_ci']:.4f}",
             f"{tuned['held_out_mean']:.4f} ± {tuned['held_out_ci']:.4f}",
             f"{outcome.gain:+.2f}",
@@ -167,6 +167,7 @@ def write_card(
 ) -> None:
     """The model card beside the weights, in the layout the Hub reads."""
     settings = config.model_dump(mode="json", exclude={"prompts", "held_out_prompts"})
+    settings["reward"] = config.reward_label
     licence = base_licence(config.base_model)
     used = ("name", "base_model", "rank", "reward", "objective", "held_out_images", "eval_guidance_scale")
     card = CARD.format(

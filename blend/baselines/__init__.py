@@ -9,7 +9,7 @@ from blend.baselines.blockwise import blockwise
 from blend.baselines.composition import composite, switch
 from blend.baselines.found import Cost, Found
 from blend.baselines.gradient_guidance import reward_guided
-from blend.baselines.weighted import WeightedReward
+from blend.rewards.weighted import WeightedReward
 
 __all__ = [
     "Cost",

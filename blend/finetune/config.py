@@ -45,8 +45,9 @@ class TrainConfig(BaseModel):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
     # "sprites", a directory in diffusers layout, or a Hub id
     base_model: str = "sprites"
-    # a name that blend.rewards.load_reward knows
-    reward: str
+    # a name that blend.rewards.load_reward knows, or a mix of them: { colourfulness = 0.5, brightness = 0.5 } is
+    # sum_i w_i (r_i - mean_i) / std_i, in the base's means and standard deviations, at the same alpha
+    reward: str | dict[str, PositiveFloat]
     # training prompts: a list, "sprites-train", or the path of a text file with a prompt per line
     prompts: tuple[str, ...] | str = "sprites-train"
     # prompts of the held-out evaluation, never trained on: a list, "sprites-test", or a path
@@ -146,8 +147,11 @@ class TrainConfig(BaseModel):
                 f"kl_target is {self.kl_target:g} and kl_weight 0: alpha rises from kl_weight by factors, give it a "
                 "small number such as 0.001"
             )
-        if self.reward in self.guard.watch:
-            raise ValueError(f"guard.watch names {self.reward!r}, the trained reward: use guard.drop for it")
+        if not self.reward:
+            raise ValueError("reward is an empty mix: give at least one reward a weight")
+        for name in self.rewards:
+            if name in self.guard.watch:
+                raise ValueError(f"guard.watch names {name!r}, the trained reward: use guard.drop for it")
         if self.reward_actors and not self.num_workers:
             raise ValueError(f"reward_actors is {self.reward_actors} and num_workers 0: actors need Ray, use 1 or more")
         if self.num_workers > self.batch_size:
@@ -158,6 +162,18 @@ class TrainConfig(BaseModel):
                 f"({self.held_out_images}) has {groups}; raise it"
             )
         return self
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The weight of every reward that is trained on."""
+        return {self.reward: 1.0} if isinstance(self.reward, str) else dict(self.reward)
+
+    @property
+    def reward_label(self) -> str:
+        """What is trained on, in words: `colourfulness`, or `0.5 colourfulness + 0.5 brightness`."""
+        if isinstance(self.reward, str):
+            return self.reward
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.reward.items())
 
     @property
     def batch_size(self) -> int:

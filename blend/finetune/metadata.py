@@ -17,7 +17,7 @@ def adapter_metadata(config: TrainConfig, history: Sequence[Mapping[str, Any]]) 
     kept = last.get("kept_iteration", last["iteration"])
     line = next((line for line in history if line["iteration"] == kept), last)
     facts = {
-        "reward": config.reward,
+        "reward": config.reward_label,
         "objective": config.objective,
         "kl_weight": repr(line.get("kl_weight", config.kl_weight)),
         "kl_target": config.kl_target,

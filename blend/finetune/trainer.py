@@ -25,6 +25,7 @@ from blend.finetune.value import ValueBaseline
 from blend.finetune.workgroup import Workgroup
 from blend.model import DiffusionModel
 from blend.rewards import Reward
+from blend.rewards.weighted import WeightedReward
 
 MOST_TILE_ROWS = 64
 
@@ -66,7 +67,8 @@ class Trainer:
         # at their peak samples run the base beside the adapter: twice a tile's rows are a tile at the other steps
         engine = BlendEngine(model, self.bank, max_rows=2 * tile_rows, tile_rows=tile_rows)
         self.should_stop: Callable[[], bool] = lambda: False  # asked between engine steps and between micro-batches
-        self.sampler = Sampler(config, engine, reward, watched or {})
+        components = reward.rewards if isinstance(reward, WeightedReward) else {}
+        self.sampler = Sampler(config, engine, reward, {**components, **(watched or {})})
         self.sampler.should_stop = lambda: self.should_stop()
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -75,6 +77,7 @@ class Trainer:
         self.value = ValueBaseline(config, model, self.workgroup)
         self.iteration = 0
         self.base: tuple[float, float] | None = None
+        self.scales: dict[str, tuple[float, float]] = {}  # of a mix: mean and std of each reward under the base
         self.history: list[Metrics] = []
         self.sheets: dict[int, Tensor] = {}
         self.finished = False  # stopped early, by the guard
@@ -151,7 +154,7 @@ class Trainer:
         if bad:
             causes = {str(o.error) for o in scored.outputs if o.error is not None}
             raise NonFiniteError(
-                f"iteration {self.iteration + 1}: the reward {self.config.reward!r} is NaN or infinite for "
+                f"iteration {self.iteration + 1}: the reward {self.config.reward_label!r} is NaN or infinite for "
                 f"{len(bad)} of {len(plan)} images, first {'; '.join(map(str, bad[:3]))}"
                 f"{''.join(f' ({cause})' for cause in sorted(causes))}; lower learning_rate or check the reward"
             )
@@ -183,18 +186,33 @@ class Trainer:
         owned = owned_requests(self.held_out, self.workgroup)
         with self._naming_memory():
             scored = self.sampler.evaluate(owned)
-        rewards = self._gather_rewards(scored.rewards, scored, self.held_out)
         watched = {name: self._gather_rewards(values, scored, self.held_out) for name, values in scored.watched.items()}
+        if self.base is None and isinstance(self.sampler.reward, WeightedReward):
+            rewards = self._scale_mix(watched)
+        else:
+            rewards = self._gather_rewards(scored.rewards, scored, self.held_out)
         elements = math.prod(self.model.latents_shape(self.model.default_height, self.model.default_width))
         nats = torch.tensor([elements * (output.path_kl or 0.0) for output in scored.outputs])
         path_kl = self.workgroup.gather(nats, [request.index for request in owned], len(self.held_out))
         self.sheets[self.iteration] = sheet_row(scored)
         metrics = summarise(rewards, watched, path_kl, scored, self.held_out, self.workgroup)
         if self.base is None:
-            self.base = (metrics["held_out_mean"], metrics["held_out_std"])
+            self.base = (0.0, 1.0) if self.scales else (metrics["held_out_mean"], metrics["held_out_std"])
         else:
             self.control.observe_held_out(metrics["held_out_path_kl"])
         return metrics
+
+    def _scale_mix(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Give a mix the base's scales, from the base's scores [N] by reward; returns its own scores of them."""
+        mix = self.sampler.reward
+        assert isinstance(mix, WeightedReward)
+        moments = {name: values[name] for name in mix.rewards}
+        self.scales = {
+            name: (value.mean().item(), max(value.std().item(), advantages.EPSILON)) for name, value in moments.items()
+        }
+        self.sampler.reward = mix.rescaled(self.scales)
+        terms = [mix.weights[name] * (values[name] - mean) / std for name, (mean, std) in self.scales.items()]
+        return torch.stack(terms).sum(0)
 
     def guard(self) -> Metrics:
         """Look at the latest evaluation in `history`: keep what is to be published, go back to it at the end.
@@ -237,6 +255,7 @@ class Trainer:
             "finished": self.finished,
             "kept": {"iteration": self._kept[0], "parameters": [value.cpu() for value in self._kept[1]]},
             "base": self.base,
+            "scales": self.scales,
             "history": self.history,
             "sheets": self.sheets,
         }
@@ -256,5 +275,8 @@ class Trainer:
         self._kept = (kept["iteration"], [value.to(self.model.device) for value in kept["parameters"]])
         self.iteration = state["iteration"]
         self.base = tuple(state["base"]) if state["base"] is not None else None
+        self.scales = {name: tuple(scale) for name, scale in state.get("scales", {}).items()}
+        if self.scales and isinstance(self.sampler.reward, WeightedReward):
+            self.sampler.reward = self.sampler.reward.rescaled(self.scales)
         self.history = list(state["history"])
         self.sheets = dict(state["sheets"])

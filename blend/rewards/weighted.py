@@ -1,13 +1,14 @@
-"""The one number that the searching and guiding rivals maximise."""
+"""Several rewards as one number: what a rival that searches or guides maximises, and what an oracle is tuned toward."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from blend.rewards import Reward, RewardError
+from blend.rewards import Reward, RewardError, start_scoring
 
 
 class WeightedReward:
@@ -30,6 +31,8 @@ class WeightedReward:
         """
         if not any(weight > 0 for weight in weights.values()):
             raise RewardError(f"weights {dict(weights)} leave nothing to score: give at least one a positive value")
+        self.weights = dict(weights)
+        self.rewards = {name: rewards[name] for name, weight in weights.items() if weight and name in rewards}
         self._terms: list[tuple[Reward, float, float]] = []  # reward, factor, mean
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
@@ -57,6 +60,15 @@ class WeightedReward:
     def undifferentiable(self) -> list[str]:
         """The names of the rewards in it that have no gradient."""
         return [reward.name for reward, _, _ in self._terms if not reward.differentiable]
+
+    def rescaled(self, scales: Mapping[str, tuple[float, float]]) -> WeightedReward:
+        """Return the same mix with other means and standard deviations."""
+        return WeightedReward(self.rewards, self.weights, scales)
+
+    def submit(self, images: Tensor, prompts: Sequence[str]) -> Callable[[], Tensor]:
+        """Begin to score; the returned function waits for the scores [B]. They carry no gradient."""
+        waits = [(start_scoring(reward, images, prompts), factor, mean) for reward, factor, mean in self._terms]
+        return lambda: torch.stack([factor * (wait() - mean) for wait, factor, mean in waits]).sum(0)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         total = images.new_zeros(len(prompts))
