@@ -1,9 +1,12 @@
 """Verb `evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from blend.finetune.config import TrainConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +42,9 @@ def evaluate(
         evaluation_store,
         headline,
         is_complete,
+        open_ledger,
         prepare,
+        ready,
         restore,
         run_directory,
         upload,
@@ -60,9 +65,17 @@ def evaluate(
                 f"files go to {directory}",
                 err=True,
             )
-            run_evaluation(planned, directory)
+            planned = ready(planned, store_url, _announce)
+            run_evaluation(planned, directory, ledger=open_ledger(planned, target))
         if target is not None:
             typer.echo(f"Stored in {upload(planned, files_in(directory), target)}", err=True)
     for sentence in headline(directory):
         typer.echo(sentence)
     typer.echo(f"Report: {directory / REPORT}")
+
+
+def _announce(place: int, total: int, run: "TrainConfig") -> None:
+    """Say which oracle is trained now."""
+    typer.echo(
+        f"Oracle {place + 1} of {total}: training toward {run.reward_label}, alpha {run.kl_weight:.3g}", err=True
+    )

@@ -113,8 +113,8 @@ def _require_rewards(config: TrainConfig) -> None:
             raise ConfigError(f"{key} {name!r}: {error}") from None
     if config.reward_actors and config.reward_gpus and not movable:
         raise ConfigError(
-            f"reward_gpus is {config.reward_gpus:g}: {config.reward_label!r} is computed on the CPU and leaves them idle; "
-            "set it to 0"
+            f"reward_gpus is {config.reward_gpus:g}: {config.reward_label!r} is computed on the CPU and leaves them "
+            "idle; set it to 0"
         )
 
 

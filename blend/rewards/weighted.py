@@ -50,11 +50,7 @@ class WeightedReward:
             self._terms.append((rewards[name], weight / sd, mean))
         bounds = [[factor * (r.range[side] - mean) for r, factor, mean in self._terms] for side in (0, 1)]
         self.range = (sum(bounds[0]), sum(bounds[1]))
-
-    @property
-    def differentiable(self) -> bool:
-        """True when every reward in it is."""
-        return not self.undifferentiable
+        self.differentiable = not self.undifferentiable
 
     @property
     def undifferentiable(self) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 Split = Literal["train", "test"]
 SPLITS = ("train", "test")
+PAIRS = 96
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 OBJECTS = (
     "apple",
@@ -101,7 +102,7 @@ def single_prompts(split: Split) -> list[str]:
     return [write_caption((thing,)) for thing in _split()[SPLITS.index(split)]]
 
 
-def pair_prompts(split: Split, count: int = 96) -> list[str]:
+def pair_prompts(split: Split, count: int = PAIRS) -> list[str]:
     """Prompts with two objects, in a fixed order: of train things only, or with at least one test thing."""
     rng = random.Random(f"pairs of {split}")
     train, test = _split()
@@ -122,12 +123,16 @@ def train_prompts(count: int | None = None) -> list[str]:
 
 
 def held_out_prompts(count: int | None = None) -> list[str]:
-    """Up to 144 prompts never used in fine-tuning, one and two objects by turns as far as both reach."""
-    return _by_turns("test")[:count]
+    """Prompts never used in fine-tuning, one and two objects by turns as far as both reach; 144 unless more are asked.
+
+    There are 48 of one object. Those of two go on as long as asked, up to some thousands.
+    """
+    more = max(0, (count or 0) - len(_by_turns("test")))
+    return _by_turns("test", pairs=PAIRS + more)[:count]
 
 
-def _by_turns(split: Split) -> list[str]:
-    turns = zip_longest(single_prompts(split), pair_prompts(split))
+def _by_turns(split: Split, pairs: int = PAIRS) -> list[str]:
+    turns = zip_longest(single_prompts(split), pair_prompts(split, pairs))
     return [prompt for turn in turns for prompt in turn if prompt is not None]
 
 

@@ -3,6 +3,7 @@
 from itertools import combinations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +108,20 @@ def test_prompts_come_from_a_list_a_file_beside_the_run_or_the_sprites(tmp_path)
     assert EvaluateConfig(prompts=("x", "y")).read_prompts() == ("x", "y")
     assert len(EvaluateConfig(num_prompts=5).read_prompts()) == 5
     assert len(EvaluateConfig().read_prompts()) == 24
+
+
+def test_prompts_seeds_and_weights_come_from_pandas():
+    prompts = pd.DataFrame({"prompt": ["A red colored car.", "A blue colored cup."], "kind": ["one", "one"]})
+    weights = pd.DataFrame({"warm": [0.25, 0.5], "small": [0.75, 0.5]})
+    config = EvaluateConfig(prompts=prompts["prompt"], seeds=pd.Series([4, 7]), weights=weights)
+    assert config == EvaluateConfig(
+        prompts=("A red colored car.", "A blue colored cup."),
+        seeds=(4, 7),
+        weights=({"warm": 0.25, "small": 0.75}, {"warm": 0.5, "small": 0.5}),
+    )
+    assert all(type(seed) is int for seed in config.seeds)
+    with pytest.raises(EvaluationError, match="prompts"):
+        EvaluateConfig.parse({"prompts": prompts})
 
 
 @pytest.mark.parametrize(

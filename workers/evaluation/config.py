@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from blend.preference import METHODS
 from blend.rewards import require_known
+from workers.evaluation.rivals import parse_rival
 
 SPRITES_TEST = "sprites-test"
 
@@ -29,18 +30,28 @@ def _counted(value: Any) -> Any:
     """`seeds = 4` is short for [0, 1, 2, 3]."""
     if isinstance(value, int) and not isinstance(value, bool):
         return tuple(range(value))
-    return value
+    return _rows(value)
+
+
+def _rows(value: Any) -> Any:
+    """A pandas Series stands for its values, a DataFrame for its rows as dictionaries."""
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        return tuple(value.to_dict("records"))
+    return tuple(value.tolist()) if hasattr(value, "tolist") else value
 
 
 class EvaluateConfig(BaseModel):
-    """A grid of preferences x methods, and the prompts, seeds and rewards to score it by."""
+    """A grid of preferences x methods, and the prompts, seeds and rewards to score it by.
+
+    Prompts and seeds may be pandas Series, and weights a DataFrame with a column per adapter.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # Registry reference of the bundle: name, name@version or name@alias.
     bundle: str = "sprites@champion"
     # Held-out prompts: a list, the path of a text file with one per line, or "sprites-test".
-    prompts: tuple[str, ...] | str = SPRITES_TEST
+    prompts: Annotated[tuple[str, ...] | str, BeforeValidator(_rows)] = SPRITES_TEST
     # Use only the first so many prompts; None: all of them, or 24 of "sprites-test".
     num_prompts: int | None = Field(None, ge=1)
     # Seeds, the same for every prompt and method; a number n stands for 0 .. n-1.
@@ -50,7 +61,7 @@ class EvaluateConfig(BaseModel):
     # Ways of blending to compare. Base and single adapters are always measured.
     methods: tuple[str, ...] = ("mpa", "staged", "ls", "soup")
     # Preferences to blend at, {adapter: weight} each, on top of pair_weights and simplex_steps.
-    weights: tuple[dict[str, float], ...] = ()
+    weights: Annotated[tuple[dict[str, float], ...], BeforeValidator(_rows)] = ()
     # For each pair of adapters: the weight of the first; the second takes the rest.
     pair_weights: tuple[float, ...] = (0.2, 0.5, 0.8)
     # All weightings of all adapters in steps of 1/n; 0 adds only the equal-weight preference.
@@ -61,6 +72,19 @@ class EvaluateConfig(BaseModel):
     kl_methods: tuple[str, ...] = ("mpa",)
     # ... and whether at every preference (true) or at equal weights and single adapters only.
     kl_everywhere: bool = False
+    # Rivals to measure beside the blends: best_of_N, code_N_B, rgg_S, switch, composite, with numbers for the letters.
+    rivals: tuple[str, ...] = ()
+    # Where: at the preferences of oracle_weights (false), or, as where there are none, at every mix (true).
+    rivals_everywhere: bool = False
+    # Preferences to retrain a model for, {adapter: weight} each: the oracles, which the blend stands in for ...
+    oracle_weights: Annotated[tuple[dict[str, float], ...], BeforeValidator(_rows)] = ()
+    # ... and adapters to retrain at other strengths, {adapter: [lambda, ...]}: at kl_weight / lambda.
+    oracle_lambdas: dict[str, tuple[float, ...]] = {}
+    # Run file that oracles are trained by: name, reward, base and kl_weight are filled in. Needed for those that the
+    # registry does not have yet.
+    oracle_run: str | None = None
+    # Ask the sprites judge whether colours and objects are those of the prompt. It is nobody's reward.
+    judge: bool = False
     # Sampler steps and guidance; None: the bundle's own defaults.
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = Field(None, ge=0, le=50)
@@ -94,6 +118,20 @@ class EvaluateConfig(BaseModel):
     @classmethod
     def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _known("method", value, METHODS)
+
+    @field_validator("rivals")
+    @classmethod
+    def _known_rivals(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            parse_rival(name)
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("oracle_lambdas")
+    @classmethod
+    def _positive(cls, value: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        if any(not 0 < strength <= 10 or strength == 1 for strengths in value.values() for strength in strengths):
+            raise ValueError("strengths must lie in (0, 10] and not be 1, which is the adapter itself")
+        return value
 
     @field_validator("rewards")
     @classmethod
@@ -132,7 +170,7 @@ class EvaluateConfig(BaseModel):
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
-        """Read a run file; a relative path of a prompt file is taken from the run file's directory."""
+        """Read a run file; relative paths in it are taken from the run file's directory."""
         source = Path(path)
         try:
             data = tomllib.loads(source.read_text())
@@ -143,6 +181,8 @@ class EvaluateConfig(BaseModel):
         prompts = data.get("prompts")
         if isinstance(prompts, str) and prompts != SPRITES_TEST:
             data["prompts"] = str((source.parent / prompts).resolve())
+        if isinstance(data.get("oracle_run"), str):
+            data["oracle_run"] = str((source.parent / data["oracle_run"]).resolve())
         return cls.parse(data, str(source))
 
     def read_prompts(self) -> tuple[str, ...]:

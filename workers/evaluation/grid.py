@@ -10,28 +10,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from blend.preference import Preference, PreferenceError
+from blend.preference import METHODS, Preference, PreferenceError
 from workers.evaluation.config import EvaluateConfig, EvaluationError
 
 BASE = "base"
 ADAPTER = "adapter"
+ORACLE = "oracle"
 _DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A method at a preference: weights [K] in basis order, summing to 1 (all 0 for the base)."""
+    """A method at a preference: weights [K] in basis order, summing to 1 (all 0 for the base).
+
+    The method is one of the engine's, BASE, ADAPTER, the name of a rival, or ORACLE: a model retrained for just this.
+    """
 
     method: str
     weights: tuple[float, ...]
     kl_lambda: float
 
     def preference(self, basis: Sequence[str]) -> Preference:
-        """What the engine is asked for."""
+        """What the engine is asked for; for a rival or an oracle, the blend that stands in for it."""
         if self.method == BASE:
             return Preference.base()
         named = dict(zip(basis, self.weights, strict=True))
-        method = "mpa" if self.method == ADAPTER else self.method
+        method = self.method if self.method in METHODS else "mpa"
         return Preference.parse(named, kl_lambda=self.kl_lambda, method=method, basis=basis)
 
     @property
@@ -41,7 +45,7 @@ class Cell:
 
 
 def plan_cells(config: EvaluateConfig, basis: Sequence[str]) -> list[Cell]:
-    """All distinct cells, base first, then each adapter, then the blends method by method.
+    """All distinct cells, base first, then each adapter, the blends method by method, the rivals and the oracles.
 
     EvaluationError names the entry of the run file that this basis cannot serve.
     """
@@ -57,6 +61,8 @@ def plan_cells(config: EvaluateConfig, basis: Sequence[str]) -> list[Cell]:
                 for kl_lambda in _lambdas(config, method, weights)
                 if method != "ls" or kl_lambda <= 1
             ]
+    cells += _rival_cells(config, basis, preferences)
+    cells += _oracle_cells(config, basis)
     unique = list(dict.fromkeys(cells))
     for cell in unique:
         _check(cell, basis)
@@ -78,15 +84,44 @@ def _preferences(config: EvaluateConfig, basis: Sequence[str]) -> Iterator[tuple
             yield _rounded(weights)
     yield from (_rounded(parts) for parts in _compositions(config.simplex_steps, count))
     yield equal_weights(count)
-    yield from (_explicit(config, position, basis) for position in range(len(config.weights)))
+    yield from _explicit("weights", config.weights, basis)
+    yield from _explicit("oracle_weights", config.oracle_weights, basis)
 
 
-def _explicit(config: EvaluateConfig, position: int, basis: Sequence[str]) -> tuple[float, ...]:
-    try:
-        preference = Preference.parse(config.weights[position], basis=basis)
-    except PreferenceError as error:
-        raise EvaluationError(f"weights[{position}]: {error}", f"weights[{position}]") from None
-    return _rounded([preference.weights.get(name, 0.0) for name in basis])
+def _explicit(key: str, given: Sequence[dict[str, float]], basis: Sequence[str]) -> Iterator[tuple[float, ...]]:
+    for position, weights in enumerate(given):
+        try:
+            preference = Preference.parse(weights, basis=basis)
+        except PreferenceError as error:
+            raise EvaluationError(f"{key}[{position}]: {error}", f"{key}[{position}]") from None
+        yield _rounded([preference.weights.get(name, 0.0) for name in basis])
+
+
+def _rival_cells(
+    config: EvaluateConfig, basis: Sequence[str], preferences: Sequence[tuple[float, ...]]
+) -> Iterator[Cell]:
+    asked = tuple(_explicit("oracle_weights", config.oracle_weights, basis))
+    mixes = preferences if config.rivals_everywhere or not asked else asked
+    for rival in config.rivals:
+        yield from (Cell(rival, weights, 1.0) for weights in mixes if max(weights) < 1)
+
+
+def _oracle_cells(config: EvaluateConfig, basis: Sequence[str]) -> Iterator[Cell]:
+    """The oracles, each strength of a single adapter together with the blends that stand in for it."""
+    for position, weights in enumerate(_explicit("oracle_weights", config.oracle_weights, basis)):
+        if max(weights) == 1:
+            key = f"oracle_weights[{position}]"
+            raise EvaluationError(f"{key}: one reward alone is what its adapter was tuned for; give a mix", key)
+        yield Cell(ORACLE, weights, 1.0)
+    for name, strengths in config.oracle_lambdas.items():
+        if name not in basis:
+            raise EvaluationError(
+                f"oracle_lambdas: unknown adapter {name!r}; this bundle has {', '.join(basis)}", "oracle_lambdas"
+            )
+        weights = _one_hot(basis.index(name), len(basis))
+        for strength in strengths:
+            yield Cell("mpa", weights, strength)
+            yield Cell(ORACLE, weights, strength)
 
 
 def _compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:

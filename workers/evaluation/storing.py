@@ -7,9 +7,10 @@ never worked out twice. `summary.json` is written last: an evaluation without it
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
+from blend.finetune.config import TrainConfig
 from infra.errors import ObjectExistsError
 from infra.settings import Settings, read_settings
 from infra.storage import Store, open_store
@@ -17,6 +18,8 @@ from workers.bundles import open_bundle
 from workers.evaluation.config import EvaluateConfig
 from workers.evaluation.evaluate import Plan, plan
 from workers.evaluation.files import COMMIT
+from workers.evaluation.ledger import Ledger
+from workers.evaluation.retraining import train_missing
 
 
 def settings_for(store_url: str | None) -> Settings:
@@ -31,6 +34,24 @@ def prepare(config: EvaluateConfig, store_url: str | None = None) -> Plan:
     bundle = open_bundle(config.bundle, settings)
     tuned_for = {name: adapter.reward for name, adapter in bundle.adapter_records.items()}
     return plan(config, bundle, tuned_for)
+
+
+def ready(
+    planned: Plan,
+    store_url: str | None = None,
+    on_oracle: Callable[[int, int, TrainConfig], None] = lambda done, total, run: None,
+) -> Plan:
+    """The plan with all its oracles, those that the registry lacks being trained first."""
+    if not planned.oracle_runs:
+        return planned
+    return planned.with_oracles(train_missing(planned.oracle_runs, settings_for(store_url), store_url, on_oracle))
+
+
+def open_ledger(planned: Plan, store: Store | None) -> Ledger:
+    """What was scored before for this bundle, here and in the store, and where the rest goes. Raises InfraError."""
+    bundle = planned.job.bundle.record.digest
+    directory = read_settings().cache_dir / "evaluations" / "samples" / bundle
+    return Ledger(directory, store, f"evaluations/{bundle}/samples")
 
 
 def run_directory(planned: Plan) -> Path:
