@@ -1,4 +1,5 @@
-"""Evaluations of a bundle as they lie in the store, and what follows from them: the gate before a promotion.
+"""Evaluations of a bundle as they lie in the store, which of them is to be compared with, and the gate before a
+promotion.
 
     evaluations/<bundle digest>/<evaluation digest>/summary.json    written last: without it there is none
 
@@ -6,10 +7,11 @@ A summary is read as plain JSON: what is written there belongs to workers.evalua
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from infra.comparing import is_common
 from infra.errors import IntegrityError, ObjectMissingError, RegistryError, UnknownRecordError
 from infra.manifests import BundleRecord
 from infra.registry import Registry
@@ -19,6 +21,8 @@ FOLDER = "evaluations"
 SUMMARY = "summary.json"
 # What two evaluations must share so that their figures may be compared.
 SAME = ("base", "rewards", "prompts", "seeds", "steps", "guidance", "eta")
+SAME_CONFIG = ("height", "width", "reference_sds")
+CHAMPION = "champion"
 
 
 class PromotionError(RegistryError):
@@ -66,9 +70,13 @@ def evaluations_of(store: Store, bundle: BundleRecord) -> list[Evaluation]:
     return [evaluation for _, evaluation in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def evaluations_behind(registry: Registry, bundle: BundleRecord) -> list[Evaluation]:
-    """The bundle's evaluations and those of its parents with the same adapters and sampler, newest first of each."""
-    found = evaluations_of(registry.store, bundle)
+def evaluations_behind(registry: Registry, bundle: BundleRecord, own: Store | None = None) -> list[Evaluation]:
+    """The bundle's evaluations and those of its parents with the same adapters and sampler, newest first of each.
+
+    `own`: another store to look in as well, for a bundle of the package is evaluated into the user's.
+    """
+    stores = {store.url: store for store in (own, registry.store) if store is not None}
+    found = [one for store in stores.values() for one in evaluations_of(store, bundle)]
     while bundle.parent:
         try:
             parent = registry.get_bundle(bundle.parent)
@@ -76,7 +84,7 @@ def evaluations_behind(registry: Registry, bundle: BundleRecord) -> list[Evaluat
             break
         if (parent.adapters, parent.defaults, parent.base) != (bundle.adapters, bundle.defaults, bundle.base):
             break
-        found += evaluations_of(registry.store, parent)
+        found += [one for store in stores.values() for one in evaluations_of(store, parent)]
         bundle = parent
     return found
 
@@ -105,7 +113,7 @@ def check_promotion(
     if champion is None or champion.digest == bundle.digest:
         return f"evaluation {evaluation.short}, no other champion to compare with"
     rivals = evaluations_behind(registry, champion)
-    alike = next((rival for rival in rivals if _comparable(rival, evaluation)), None)
+    alike = next((rival for rival in rivals if comparable(rival, evaluation)), None)
     if alike is None:
         raise PromotionError(
             f"no evaluation of the champion {champion.ref} asks what evaluation {evaluation.short} of {bundle.ref} "
@@ -131,5 +139,57 @@ def check_promotion(
     return f"evaluation {evaluation.short}: " + "; ".join(compared)
 
 
-def _comparable(one: Evaluation, other: Evaluation) -> bool:
-    return all(one.summary["facts"].get(fact) == other.summary["facts"].get(fact) for fact in SAME)
+def comparable(one: Evaluation, other: Evaluation) -> bool:
+    """Whether both answer the same question, in the same units."""
+    facts, others = one.summary["facts"], other.summary["facts"]
+    config, configs = (evaluation.summary.get("config", {}) for evaluation in (one, other))
+    # hypervolumes are over the rewards that adapters were tuned for
+    axes, other_axes = (set(known.get("adapters", {}).values()) for known in (facts, others))
+    same = all(facts.get(fact) == others.get(fact) for fact in SAME)
+    return same and axes == other_axes and all(config.get(key) == configs.get(key) for key in SAME_CONFIG)
+
+
+def champion_of(registry: Registry, name: str, alias: str = CHAMPION) -> BundleRecord | None:
+    """What the alias points at; None when it was never set."""
+    return registry.get_bundle(f"{name}@{alias}") if alias in registry.alias_names(name) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The evaluation to compare with, the bundle it stands for, and what that is to the one at hand."""
+
+    evaluation: Evaluation
+    bundle: BundleRecord
+    role: str
+
+
+def earlier_evaluation(
+    registry: Registry, bundle: BundleRecord, evaluation: Evaluation, own: Store | None = None
+) -> Earlier | None:
+    """What to hold an evaluation of `bundle` against: the champion's newest comparable one.
+
+    For the champion itself, its own comparable one before this, else that of the champion before it: then a difference
+    is a drift. `own` is as in evaluations_behind. Raises IntegrityError for a damaged summary.
+    """
+    for record, role in _predecessors(registry, bundle):
+        for one in evaluations_behind(registry, record, own):
+            later = record.digest == bundle.digest and one.date > evaluation.date
+            if one.digest == evaluation.digest or later or not comparable(one, evaluation):
+                continue
+            if is_common(evaluation.summary, one.summary):
+                return Earlier(one, record, role)
+    return None
+
+
+def _predecessors(registry: Registry, bundle: BundleRecord) -> Iterator[tuple[BundleRecord, str]]:
+    champion = champion_of(registry, bundle.name)
+    if champion is None:
+        return
+    if champion.digest != bundle.digest:
+        yield champion, "the champion"
+        return
+    yield bundle, "the champion, evaluated before"
+    for entry in reversed(registry.history(bundle.name, CHAMPION)):
+        if entry.digest != bundle.digest:
+            yield registry.get_bundle(f"{bundle.name}@{entry.version}"), "the champion before it"
+            return
