@@ -170,6 +170,7 @@ def make_trainer(tiny_sd_dir: Path) -> Callable[..., Trainer]:
 
     def make(
         reward: Reward | None = None,
+        /,
         workgroup: Workgroup | None = None,
         base_model: Path = tiny_sd_dir,
         watched: Mapping[str, Reward] | None = None,
