@@ -50,12 +50,12 @@ class Gap:
 
     @property
     def path_kl(self) -> Tensor:
-        """Return [S] the KL in nats from the law of the walking side's paths to the other's; NaN without noise."""
+        """Return [S] the sum of kl, whose mean is KL(paths of who walks || paths of the other); NaN without noise."""
         return _over_noisy_steps(self.kl)
 
     @property
     def base_path_kl(self) -> Tensor:
-        """Return [S] the KL in nats from the law of the walking side's paths to the base's; NaN without noise."""
+        """Return [S] the sum of base_kl, whose mean is KL(paths of who walks || the base's); NaN without noise."""
         return _over_noisy_steps(self.base_kl)
 
 
