@@ -1,4 +1,4 @@
-"""Measures of an evaluation: Pareto front, hypervolume, bootstrap intervals, diversity.
+"""Measures of an evaluation: Pareto front, hypervolume, distance to a front, bootstrap intervals, diversity.
 
 All objectives are maximised. Knows nothing of models, preferences or tables: arrays in, numbers out.
 """
@@ -58,6 +58,19 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     if array.shape[1] == 1:
         return float(max(0.0, array.max() - ref[0]))
     return float(moocore.hypervolume(array, ref=ref, maximise=True))
+
+
+def igd_plus(points: ArrayLike, reference: ArrayLike) -> float:
+    """Mean over the reference points [M, K] of how far the nearest of the points [N, K] falls short of each (IGD+).
+
+    Falling short is the length of max(reference - point, 0), so what is better in an objective costs nothing: 0 where
+    every reference point is equalled or beaten, and never less. In the axes' common unit. Ishibuchi et al., Modified
+    distance calculation in generational distance and inverted generational distance, EMO 2015.
+    """
+    array, goal = _finite("points", points, 2), _finite("reference", reference, 2)
+    if goal.shape[1] != array.shape[1]:
+        raise MetricError(f"reference has {goal.shape[1]} objectives, the points have {array.shape[1]}")
+    return float(moocore.igd_plus(array, ref=goal, maximise=True))
 
 
 def resample_weights(n: int, resamples: int, generator: np.random.Generator) -> Array:

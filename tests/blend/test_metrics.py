@@ -11,6 +11,7 @@ from blend.metrics import (
     bootstrap_mean,
     diversity,
     hypervolume,
+    igd_plus,
     interval,
     normalise,
     paired_difference,
@@ -53,6 +54,33 @@ def test_pareto_mask_keeps_the_front_and_equal_points():
     points = [[1, 3], [3, 1], [2, 2], [1, 1], [2, 2], [3, 0]]
     assert pareto_mask(points).tolist() == [True, True, True, False, True, False]
     assert pareto_mask([[1.0], [2.0]]).tolist() == [False, True]
+
+
+def test_igd_plus_is_the_mean_shortfall_of_the_nearest_point():
+    goal = [[4.0, 0.0], [0.0, 4.0]]
+    # 3 short of the first and 1 of the second; what a point has too much in one objective makes up for nothing
+    assert igd_plus([[1.0, 3.0]], goal) == pytest.approx((3 + 1) / 2)
+    assert igd_plus([[1.0, 9.0]], goal) == pytest.approx((3 + 0) / 2)
+    assert igd_plus([[1.0, 3.0], [1.0, -4.0], [4.0, -2.0]], goal) == pytest.approx((2 + 1) / 2)
+    assert igd_plus([[-3.0, -4.0]], [[0.0, 0.0]]) == pytest.approx(5)
+    assert igd_plus([[1.0], [3.0]], [[2.0], [5.0]]) == pytest.approx((0 + 2) / 2)
+    assert igd_plus(goal, goal) == 0
+    assert igd_plus([[5.0, 5.0]], goal) == 0
+
+
+def test_igd_plus_agrees_with_the_example_of_its_authors():
+    # figures that they minimise; the dominating set is nearer, which plain IGD gets wrong
+    goal = -np.array([[10.0, 0.0], [6.0, 1.0], [2.0, 2.0], [1.0, 6.0], [0.0, 10.0]])
+    better, worse = -np.array([[4.0, 2], [3, 3], [2, 4]]), -np.array([[8.0, 2], [4, 4], [2, 8]])
+    assert igd_plus(better, goal) == pytest.approx((2 + 1 + np.sqrt(2) + 1 + 2) / 5)
+    assert igd_plus(better, goal) < igd_plus(worse, goal)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1), st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1))
+def test_igd_plus_agrees_with_its_formula(points, goal):
+    lacking = np.maximum(np.array(goal)[:, None] - np.array(points)[None], 0)
+    assert igd_plus(points, goal) == pytest.approx(np.linalg.norm(lacking, axis=-1).min(axis=1).mean(), abs=1e-12)
 
 
 def test_resample_weights_are_averages():
@@ -119,6 +147,8 @@ def test_normalise_is_in_standard_deviations():
         (lambda: hypervolume([[1.0, np.nan]], [0, 0]), "points holds NaN"),
         (lambda: hypervolume([[1.0, 2.0]], [0.0]), "1 objectives"),
         (lambda: hypervolume(np.empty((0, 2)), [0, 0]), "non-empty"),
+        (lambda: igd_plus([[1.0, 2.0]], [[1.0]]), "1 objectives"),
+        (lambda: igd_plus([[1.0, 2.0]], np.empty((0, 2))), "reference has shape"),
         (lambda: resample_weights(0, 10, rng()), "at least 1"),
         (lambda: interval(0.0, [0.0, 1.0], 1.5), "level = 1.5"),
         (lambda: paired_difference([1.0, 2.0], [1.0], rng()), "equal lengths"),
