@@ -6,8 +6,17 @@ import pytest
 
 from workers.evaluation.analysis import ADAPTERS_ALONE, analyse, front_members
 from workers.evaluation.config import EvaluateConfig
-from workers.evaluation.grid import plan_cells
-from workers.evaluation.labels import cell_label, method_label, number, percent, preference_label
+from workers.evaluation.grid import ADAPTER, plan_cells
+from workers.evaluation.labels import (
+    EXPLANATIONS,
+    METHODS,
+    cell_label,
+    explanation,
+    method_label,
+    number,
+    percent,
+    preference_label,
+)
 
 BASIS = ("warm", "small")
 REWARDS = ("colour", "size")
@@ -146,6 +155,35 @@ def test_labels_say_what_was_measured():
     assert len(set(labels)) == len(labels)
     assert preference_label({"w_a": 1 / 3, "w_b": 1 / 3, "w_c": 1 / 3}, ("a", "b", "c")) == "all 3 equally"
     assert method_label("mpa, any lambda") == "Blend (MPA), any λ"
+
+
+@pytest.mark.parametrize(
+    ("method", "label", "words"),
+    [
+        ("best_of_3", "Best of 3", "3 images"),
+        ("code_20_5", "CoDe (N = 20, block 5)", "20 candidates every 5 steps"),
+        ("rgg_2", "Reward guidance (RGG, scale 2)", "2 times"),
+        ("rgg_0.25", "Reward guidance (RGG, scale 0.25)", "0.25 times"),
+        ("switch", "LoRA Switch", "in turn"),
+        ("composite", "LoRA Composite", "evenly"),
+        ("oracle", "Retrained (oracle)", "exactly this preference"),
+        ("mpa, any lambda", "Blend (MPA), any λ", "second dial"),
+        ("best_of_all", "best_of_all", ""),
+        ("code_20", "code_20", ""),
+        ("rgg_2_3", "rgg_2_3", ""),
+        ("someones_9", "someones_9", ""),
+    ],
+)
+def test_methods_are_named_and_explained(method, label, words):
+    assert method_label(method) == label
+    assert words in explanation(method)
+    assert bool(explanation(method)) == bool(words)
+
+
+def test_every_method_with_a_name_but_that_of_one_adapter_is_explained():
+    assert set(METHODS) - set(EXPLANATIONS) == {ADAPTER}
+    row = {"method": "code_20_5", "w_warm": 0.5, "w_small": 0.5, "kl_lambda": 1.0}
+    assert cell_label(row, BASIS) == "CoDe (N = 20, block 5) · warm 50 % + small 50 %"
 
 
 @pytest.mark.parametrize(

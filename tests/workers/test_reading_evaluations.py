@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -12,7 +15,10 @@ import workers.evaluation
 from infra.errors import UnknownRecordError
 from infra.storage import open_store
 from workers.evaluation import EvaluateConfig, EvaluationError, evaluate, load_evaluation
-from workers.evaluation.files import files_in
+from workers.evaluation.analysis import VERDICTS, analyse
+from workers.evaluation.files import files_in, write_files
+from workers.evaluation.grid import ORACLE
+from workers.evaluation.reading import Table
 from workers.evaluation.storing import prepare, upload
 
 README = Path(workers.evaluation.__file__).with_name("README.md").read_text()
@@ -82,6 +88,33 @@ def test_a_directory_gives_what_the_evaluation_returned(result, planned, directo
 def test_the_summary_is_the_same_without_its_parquet_file(result, directory):
     (directory / "summary.parquet").unlink()
     pd.testing.assert_frame_equal(load_evaluation(directory), result.summary, check_exact=False, rtol=1e-12)
+
+
+def test_oracles_and_rivals_come_back_as_they_were_found(result, planned, tmp_path):
+    """The samples of soup stand in for those of an oracle."""
+    job = planned.job
+    cells = [replace(cell, method=ORACLE) if cell.method == "soup" else cell for cell in job.cells]
+    frame = result.frame.replace({"method": {"soup": ORACLE}})
+    analysis = analyse(frame, cells, job.basis, planned.objectives, job.rewards, planned.config)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    write_files(tmp_path, planned.config, result.facts, frame, analysis, {(0, 0): pixels}, [0])
+    for table, expected in (("oracles", analysis.oracles), ("rivals", analysis.rivals)):
+        assert list(expected["method"]) == ["mpa", ORACLE]
+        read = load_evaluation(tmp_path, table=table)
+        pd.testing.assert_frame_equal(read, expected, check_exact=False, rtol=1e-12)
+        assert read.attrs["digest"] == planned.digest
+
+
+@pytest.mark.parametrize(("table", "column"), [("oracles", "w_warm"), ("rivals", "difference_low")])
+def test_evaluations_from_before_there_were_oracles_have_none(directory, table, column):
+    new = load_evaluation(directory, table=table)
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary.pop(table) == []
+    (directory / "summary.json").write_text(json.dumps(summary))
+    old = load_evaluation(directory, table=table)
+    assert len(new) == len(old) == 0
+    assert list(new) == list(old)
+    assert column in old
 
 
 def test_a_store_gives_the_same_tables(result, planned, directory, store_url):
@@ -156,13 +189,17 @@ def documented(table: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("table", ["summary", "samples", "methods", "hypervolumes"])
+@pytest.mark.parametrize("table", get_args(Table))
 def test_every_column_is_documented_and_no_other(directory, table):
     names = {"REWARD": ("colourfulness", "compressibility"), "ADAPTER": ("warm", "small")}
     expected: set[str] = set()
     for column in documented(table):
         [stands] = [word for word in names if word in column] or [None]
         expected |= {column.replace(stands, name) for name in names[stands]} if stands else {column}
+    if table in ("summary", "samples", "rivals"):
+        judged = set(VERDICTS) if table != "rivals" else {"binding_right"}
+        assert judged <= expected
+        expected -= judged
     assert set(load_evaluation(directory, table=table).columns) == expected
 
 

@@ -1,4 +1,4 @@
-"""From scored samples to means, differences, shares and hypervolumes, with bootstrap intervals.
+"""From scored samples to means, differences, shares, hypervolumes and what oracles reach, with bootstrap intervals.
 
 The unit of resampling is the prompt (its seeds are averaged first), and all statistics share the same draws,
 so that every difference is paired. Rewards are compared in standard deviations of the base model's samples; this
@@ -14,13 +14,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from blend.metrics import hypervolume, interval, normalise, pareto_mask, resample_weights
+from blend.metrics import Interval, hypervolume, igd_plus, interval, normalise, pareto_mask, resample_weights
 from workers.evaluation.config import EvaluateConfig
-from workers.evaluation.grid import ADAPTER, BASE, Cell
+from workers.evaluation.grid import ADAPTER, BASE, ORACLE, Cell
+from workers.evaluation.oracle_shares import oracle_table, rival_table
 from workers.evaluation.shares import UNDEFINED, Shares, named
 
 Array = NDArray[np.float64]
 ADAPTERS_ALONE = "adapters alone"
+# What a judge of images against prompts says: 1 or 0 for a sample, NaN for a prompt that it cannot read.
+VERDICTS = ("colour_right", "object_right", "binding_right")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,9 @@ class Scale:
 class Analysis:
     """Everything the figures and the report are made of.
 
-    `summary` has one row per cell, `overall` one per method, `fronts` one per hypervolume; `objectives[i]` is the
-    reward of adapter i.
+    `summary` has one row per cell, `overall` one per method, `fronts` one per hypervolume, `oracles` one per cell at
+    whose preference there is an oracle, `rivals` one per method at these preferences; `objectives[i]` is the reward
+    of adapter i.
     """
 
     basis: tuple[str, ...]
@@ -47,6 +51,8 @@ class Analysis:
     summary: pd.DataFrame
     overall: pd.DataFrame
     fronts: pd.DataFrame
+    oracles: pd.DataFrame
+    rivals: pd.DataFrame
 
     def axes(self) -> tuple[str, ...]:
         """The distinct objectives, in basis order."""
@@ -69,7 +75,10 @@ def analyse(
     rewards: Sequence[str],
     config: EvaluateConfig,
 ) -> Analysis:
-    """Summarise samples (columns cell, prompt_index, seed, rewards, rows, seconds, ...) cell by cell."""
+    """Summarise samples (columns cell, prompt_index, seed, rewards, rows, seconds, ...) cell by cell.
+
+    decodes, gradients and memory_mb may be missing, then they are NaN; so may a judge's columns, then so are its means.
+    """
     scales = {name: _scale(frame.loc[frame["cell"] == 0, name]) for name in rewards}
     weights = resample_weights(
         frame["prompt_index"].nunique(), config.resamples, np.random.default_rng(config.bootstrap_seed)
@@ -84,17 +93,13 @@ def analyse(
         for index, cell in enumerate(cells)
     ]
     axes = list(dict.fromkeys(objectives))
-    centre, spread = [scales[name].mean for name in axes], [scales[name].sd for name in axes]
     columns = [list(rewards).index(name) for name in axes]
-    mean = normalise(raw.mean[:, columns], centre, spread)
-    draws = normalise(raw.draws[:, :, columns], centre, spread)
-    own = [axes.index(name) for name in objectives]
-    shares = Shares(mean, draws, cells, own, config.confidence)
+    mean, draws = (_in_sds(values[..., columns], [scales[name] for name in axes]) for values in (raw.mean, raw.draws))
+    shares = Shares(mean, draws, cells, [axes.index(name) for name in objectives], config.confidence)
     for index, row in enumerate(rows):
         row.update(shares.of_cell(index))
     summary = pd.DataFrame(rows)
     summary["pareto"] = pareto_mask(mean)
-    fronts = _fronts(mean, draws, cells, config)
     return Analysis(
         basis=tuple(basis),
         objectives=tuple(objectives),
@@ -103,7 +108,9 @@ def analyse(
         reference_sds=config.reference_sds,
         summary=summary,
         overall=shares.overall(),
-        fronts=fronts,
+        fronts=_fronts(mean, draws, cells, config),
+        oracles=oracle_table(cells, basis, shares, summary),
+        rivals=rival_table(cells, shares, summary),
     )
 
 
@@ -111,6 +118,10 @@ def _scale(values: pd.Series) -> Scale:
     """Falls back to the reward's own unit where the base's samples all score the same."""
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     return Scale(float(values.mean()), spread if spread > 0 else 1.0)
+
+
+def _in_sds(values: Array, scales: Sequence[Scale]) -> Array:
+    return normalise(values, [scale.mean for scale in scales], [scale.sd for scale in scales])
 
 
 def _per_prompt(frame: pd.DataFrame, columns: Sequence[str]) -> Array:
@@ -133,7 +144,15 @@ def _costs(samples: pd.DataFrame) -> dict[str, object]:
         "seconds": samples["seconds"].mean(),
         "diversity": samples["diversity"].mean(),
         "path_kl": samples["path_kl"].mean(),
+        "decodes": _column(samples, "decodes").mean(),
+        "gradients": _column(samples, "gradients").mean(),
+        "memory_mb": _column(samples, "memory_mb").max(),
+        **{name: samples[name].mean() for name in VERDICTS if name in samples},
     }
+
+
+def _column(samples: pd.DataFrame, name: str) -> pd.Series:
+    return samples[name] if name in samples else pd.Series([np.nan])
 
 
 def _rewards(raw: _Draws, index: int, rewards: Sequence[str], level: float) -> dict[str, float]:
@@ -148,7 +167,7 @@ def _rewards(raw: _Draws, index: int, rewards: Sequence[str], level: float) -> d
 
 
 def _fronts(mean: Array, draws: Array, cells: Sequence[Cell], config: EvaluateConfig) -> pd.DataFrame:
-    """Hypervolume of what each method can reach, and its paired ratio to the adapters alone.
+    """Hypervolume of what each method can reach, its paired ratio to the adapters alone, its distance to oracles.
 
     Every front may use the base and the single adapters, so methods differ by their blends only.
     """
@@ -161,6 +180,7 @@ def _fronts(mean: Array, draws: Array, cells: Sequence[Cell], config: EvaluateCo
         )
         for name, picked in members.items()
     }
+    distances = _distances(mean, draws, members, config.confidence)
     alone, alone_draws = values[ADAPTERS_ALONE]
     rows = []
     for name, (value, spread) in values.items():
@@ -171,13 +191,34 @@ def _fronts(mean: Array, draws: Array, cells: Sequence[Cell], config: EvaluateCo
                 "cells": len(members[name]),
                 **named("hypervolume", interval(value, spread, config.confidence)),
                 **named("ratio", ratio),
+                **named("igd", distances[name]),
             }
         )
     return pd.DataFrame(rows)
 
 
+def _distances(mean: Array, draws: Array, members: dict[str, tuple[int, ...]], level: float) -> dict[str, Interval]:
+    """IGD+ of every front from the points that no other one of base, adapters and oracles dominates.
+
+    Each resample has oracle points of its own. Noise alone makes the figure positive, and more so in the resamples.
+    """
+    if ORACLE not in members:
+        return dict.fromkeys(members, UNDEFINED)
+    worlds = [mean, *draws]
+    reach = [world[list(members[ORACLE])] for world in worlds]
+    goals = [points[pareto_mask(points)] for points in reach]
+    found = {}
+    for name, picked in members.items():
+        value, *spread = (igd_plus(world[list(picked)], goal) for world, goal in zip(worlds, goals, strict=True))
+        found[name] = interval(value, spread, level)
+    return found
+
+
 def front_members(cells: Sequence[Cell]) -> dict[str, tuple[int, ...]]:
-    """Positions of the cells of each front: base, adapters alone, each method at lambda 1 and at any."""
+    """Positions of the cells of each front: base, adapters alone, each method at lambda 1 and at any.
+
+    Oracles have lambda 1 alone: one for another strength is another training, no turn of a dial.
+    """
     shared = tuple(index for index, cell in enumerate(cells) if cell.method in (BASE, ADAPTER))
     members = {BASE: (0,), ADAPTERS_ALONE: shared}
     methods = dict.fromkeys(cell.method for cell in cells if cell.method not in (BASE, ADAPTER))
@@ -186,6 +227,6 @@ def front_members(cells: Sequence[Cell]) -> dict[str, tuple[int, ...]]:
         plain = tuple(index for index in mine if cells[index].kl_lambda == 1)
         if plain:
             members[method] = shared + plain
-        if len(mine) > len(plain):
+        if len(mine) > len(plain) and method != ORACLE:
             members[f"{method}, any lambda"] = shared + tuple(mine)
     return members

@@ -84,6 +84,8 @@ def _summary(config: EvaluateConfig, facts: Facts, analysis: Analysis) -> dict[s
         "cells": _records(analysis.summary),
         "methods": _records(analysis.overall),
         "hypervolumes": _records(analysis.fronts),
+        "oracles": _records(analysis.oracles),
+        "rivals": _records(analysis.rivals),
     }
 
 

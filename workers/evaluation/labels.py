@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from workers.evaluation.analysis import ADAPTERS_ALONE
-from workers.evaluation.grid import ADAPTER, BASE
+from workers.evaluation.grid import ADAPTER, BASE, ORACLE
 
 METHODS = {
     BASE: "Base model",
@@ -17,6 +18,9 @@ METHODS = {
     "soup": "Weight average (soup)",
     "staged": "Staged blend",
     "cached": "Cached blend",
+    ORACLE: "Retrained (oracle)",
+    "switch": "LoRA Switch",
+    "composite": "LoRA Composite",
 }
 EXPLANATIONS = {
     BASE: "The model before any tuning.",
@@ -26,14 +30,50 @@ EXPLANATIONS = {
     "soup": "Averages the adapters' weights once. The cost of a single model; the usual shortcut.",
     "staged": "Blends predictions in the first steps, where it matters, and weights after. The cost of a single model.",
     "cached": "Averages the adapters' weights and adds what that lacked of the blend a few steps ago.",
+    ORACLE: "A model tuned for exactly this preference: a training for each, and what the others are measured against.",
+    "switch": "Takes the adapters in turn, step by step; it has no weights. The cost of a single model.",
+    "composite": "Averages the adapters' predictions evenly at every step; it has no weights. Costs all adapters.",
 }
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+# Methods with numbers in their names: pattern, label and explanation of those numbers.
+FAMILIES = (
+    (
+        re.compile(r"best_of_(\d+)"),
+        "Best of {0}",
+        "Draws {0} images and keeps the one that scores best. The cost of {0} models.",
+    ),
+    (
+        re.compile(r"code_(\d+)_(\d+)"),
+        "CoDe (N = {0}, block {1})",
+        "Draws {0} candidates every {1} steps and goes on with the one that scores best. The cost of {0} models.",
+    ),
+    (
+        re.compile(f"rgg_{_NUMBER}"),
+        "Reward guidance (RGG, scale {0})",
+        "Pushes every step along the rewards' gradient, {0} times. A model's cost, and a backward pass at each step.",
+    ),
+)
 
 
 def method_label(method: str) -> str:
     """A method's or front's name, also `mpa, any lambda`."""
     name, _, rest = method.partition(", ")
-    label = METHODS.get(name, name)
+    label = METHODS.get(name) or _of_family(name, 1) or name
     return f"{label}, any λ" if rest == "any lambda" else label
+
+
+def explanation(method: str) -> str:
+    """What a method or front does and costs, in a sentence or two; nothing for one that is unknown."""
+    if method.endswith(", any lambda"):
+        return "With λ as a second dial."
+    return EXPLANATIONS.get(method) or _of_family(method, 2)
+
+
+def _of_family(method: str, part: int) -> str:
+    for family in FAMILIES:
+        if found := family[0].fullmatch(method):
+            return str(family[part]).format(*found.groups())
+    return ""
 
 
 def preference_label(row: Mapping[str, Any], basis: Sequence[str]) -> str:

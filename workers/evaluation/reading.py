@@ -18,9 +18,10 @@ from infra.storage import Store, open_store
 from workers.bundles import DEFAULT_BUNDLE, find_record
 from workers.evaluation.config import EvaluationError
 from workers.evaluation.files import COMMIT, SAMPLES, SCHEMA_VERSION, SUMMARY_TABLE
+from workers.evaluation.oracle_shares import oracle_columns, rival_columns
 from workers.evaluation.storing import settings_for
 
-Table = Literal["summary", "samples", "methods", "hypervolumes"]
+Table = Literal["summary", "samples", "methods", "hypervolumes", "oracles", "rivals"]
 
 
 def load_evaluation(
@@ -127,6 +128,17 @@ def _table(read: Read, summary: dict[str, Any], table: Table, where: str) -> pd.
         raise EvaluationError(
             f"{where} came without {SAMPLES}, as those in the package do: use table='summary', or evaluate it yourself"
         )
-    records = summary["cells" if table == "summary" else table]
+    records, columns = _records(summary, table)
     # JSON has null where a figure is undefined
-    return pd.DataFrame([{key: math.nan if value is None else value for key, value in row.items()} for row in records])
+    rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in records]
+    return pd.DataFrame(rows, columns=None if rows else columns)
+
+
+def _records(summary: dict[str, Any], table: Table) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """Rows of a table, and the columns that it has even without rows, where those are known."""
+    # evaluations from before there were oracles do not mention them
+    if table == "oracles":
+        return summary.get(table, []), oracle_columns(list(summary["facts"]["adapters"]))
+    if table == "rivals":
+        return summary.get(table, []), rival_columns()
+    return summary["cells" if table == "summary" else table], None

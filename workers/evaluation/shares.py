@@ -14,9 +14,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from blend.metrics import Interval, interval
+from blend.preference import METHODS
 from workers.evaluation.grid import ADAPTER, BASE, Cell
 
 Array = NDArray[np.float64]
+_DIGITS = 6
 UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 
 
@@ -25,12 +27,21 @@ def named(name: str, found: Interval) -> dict[str, float]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
+def ratio(value: float, draws: Array, whole: float, whole_draws: Array, level: float) -> Interval:
+    """value / whole with paired draws; UNDEFINED where the whole is not clearly positive."""
+    if whole <= 0 or interval(whole, whole_draws, level).low <= 0:
+        return UNDEFINED
+    # a resample of prompts at which nothing was gained has no ratio
+    some = whole_draws != 0
+    return interval(value / whole, draws[some] / whole_draws[some], level)
+
+
 class Shares:
     """Weighted gains of all cells (base first, then the K adapters), from normalised means and their draws."""
 
     def __init__(self, mean: Array, draws: Array, cells: Sequence[Cell], own: Sequence[int], level: float) -> None:
         """mean [cells, objectives] and draws [resamples, cells, objectives]; own[i] is adapter i's objective."""
-        self._cells, self._level = cells, level
+        self._cells, self.level = cells, level
         self._weights = np.asarray([cell.weights for cell in cells])  # [cells, K]
         self._gain, self._best = self._weigh(mean, own)
         self._gain_draws, self._best_draws = self._weigh(draws, own)
@@ -47,33 +58,39 @@ class Shares:
         """weighted_gain and share with intervals; switch_share: what one adapter per image, drawn by w, would keep."""
         if self._cells[index].method == BASE:
             return {**named("weighted_gain", UNDEFINED), **named("share", UNDEFINED), "switch_share": float("nan")}
-        gain = interval(self._gain[index], self._gain_draws[:, index], self._level)
+        gain = interval(*self.gain([index]), self.level)
         share = self._ratio([index])
         switch = self._switched([index]) if share is not UNDEFINED else float("nan")
         return {**named("weighted_gain", gain), **named("share", share), "switch_share": switch}
 
+    def gain(self, picked: Sequence[int]) -> tuple[float, Array]:
+        """Sum of these cells' weighted gains, and its bootstrap draws."""
+        return float(self._gain[picked].sum()), self._gain_draws[:, picked].sum(axis=1)
+
+    def lead(self, pairs: Sequence[tuple[int, int]]) -> tuple[float, Array]:
+        """Sum over pairs of the first cell's weighted gain above the second's, and its bootstrap draws."""
+        (mine, draws), (theirs, their_draws) = (self.gain([pair[side] for pair in pairs]) for side in (0, 1))
+        return mine - theirs, draws - their_draws
+
     def overall(self) -> pd.DataFrame:
-        """One row per method: its share over all preferences at lambda 1, and the paired difference to the first."""
-        members: dict[str, list[int]] = {}
-        for index, cell in enumerate(self._cells):
-            if cell.method not in (BASE, ADAPTER) and cell.kl_lambda == 1:
-                members.setdefault(cell.method, []).append(index)
+        """One row per method: its share over its own preferences at lambda 1, and the difference to the first method.
+
+        The first is the engine's first method, whatever stands before it. The difference is paired, and over the
+        preferences that both have: where those are not all, it is not that of the two shares.
+        """
+        members = by_method(self._cells)
+        order = sorted(members, key=lambda method: method not in METHODS)
         rows = []
-        for method, picked in members.items():
-            share, first = self._ratio(picked), next(iter(members.values()))
-            difference = UNDEFINED
-            if share is not UNDEFINED and picked is not first:
-                mine, other = self._ratio_draws(picked), self._ratio_draws(first)
-                difference = interval(mine[0] - other[0], mine[1] - other[1], self._level)
+        for method in order:
+            picked, share = members[method], self._ratio(members[method])
+            difference = UNDEFINED if method == order[0] else self._difference(picked, members[order[0]])
             rows.append(
                 {
                     "method": method,
                     "preferences": len(picked),
                     **named("share", share),
                     **named("difference", difference),
-                    "switch_share": float("nan")
-                    if share is UNDEFINED
-                    else self._switch[picked].sum() / self._best[picked].sum(),
+                    "switch_share": float("nan") if share is UNDEFINED else self._switched(picked),
                 }
             )
         return pd.DataFrame(rows)
@@ -81,12 +98,34 @@ class Shares:
     def _switched(self, picked: Sequence[int]) -> float:
         return float(self._switch[picked].sum() / self._best[picked].sum())
 
-    def _ratio_draws(self, picked: Sequence[int]) -> tuple[float, Array]:
-        best, best_draws = self._best[picked].sum(), self._best_draws[:, picked].sum(axis=1)
-        return float(self._gain[picked].sum() / best), self._gain_draws[:, picked].sum(axis=1) / best_draws
+    def _difference(self, picked: Sequence[int], others: Sequence[int]) -> Interval:
+        pairs = common(self._cells, picked, others)
+        if not pairs:
+            return UNDEFINED
+        return ratio(*self.lead(pairs), *self._alone([mine for mine, _ in pairs]), self.level)
+
+    def _alone(self, picked: Sequence[int]) -> tuple[float, Array]:
+        return float(self._best[picked].sum()), self._best_draws[:, picked].sum(axis=1)
 
     def _ratio(self, picked: Sequence[int]) -> Interval:
-        best, best_draws = self._best[picked].sum(), self._best_draws[:, picked].sum(axis=1)
-        if best <= 0 or interval(best, best_draws, self._level).low <= 0:
-            return UNDEFINED
-        return interval(*self._ratio_draws(picked), self._level)
+        return ratio(*self.gain(picked), *self._alone(picked), self.level)
+
+
+def by_method(cells: Sequence[Cell]) -> dict[str, list[int]]:
+    """Positions of the cells at lambda 1 of every method but the base and single adapters."""
+    members: dict[str, list[int]] = {}
+    for index, cell in enumerate(cells):
+        if cell.method not in (BASE, ADAPTER) and cell.kl_lambda == 1:
+            members.setdefault(cell.method, []).append(index)
+    return members
+
+
+def common(cells: Sequence[Cell], picked: Sequence[int], others: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of a cell of either side that serve the same preference."""
+    theirs = {served(cells[index]): index for index in others}
+    return [(index, theirs[served(cells[index])]) for index in picked if served(cells[index]) in theirs]
+
+
+def served(cell: Cell) -> tuple[float, ...]:
+    """The weights and the strength that a cell serves, equal where they differ by rounding alone."""
+    return tuple(round(value, _DIGITS) for value in (*cell.weights, cell.kl_lambda))
