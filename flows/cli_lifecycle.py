@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli_registry import AdapterOption, Ref, StoreOption, kind_of, registry_app, registry_at, settings_at
+from flows.events import REGISTERED, announce, registration
 from flows.transfer_bar import transfer_bar
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def promote(
     registry, kind = registry_at(store), kind_of(adapter)
     record = registry.get(ref, kind)
     if record.kind == "bundle" and alias == CHAMPION and not force:
-        from infra.evaluations import check_promotion
-        from workers.basis import champion_of
+        from infra.evaluations import champion_of, check_promotion
 
         found = check_promotion(registry, record, champion_of(registry, record.name), evaluation or None)
         reason = f"{reason}; {found}"
@@ -90,6 +90,7 @@ def recommend(ref: Ref, evaluation: EvaluationOption = "", store: StoreOption = 
     from workers.basis import recommend as publish_ranges
 
     record = publish_ranges(ref, evaluation or None, settings_at(store).store_url)
+    announce(REGISTERED, record.ref, registration(record, registry_at(store).store.url))
     spans = (f"{name} {span.low:g} to {span.high:g}" for name, span in record.weight_ranges.items())
     limits = record.lambda_range
     typer.echo(f"{record.ref}: weights {', '.join(spans)}; lambda {limits.low:g} to {limits.high:g}")
@@ -133,7 +134,9 @@ def bundle(
     if flag := kl_difference(records):
         typer.echo(f"Warning: {flag}", err=True)
     base = next(iter(records.values())).base
-    typer.echo(f"Published {registry.publish_bundle(name, base, records, defaults=defaults).ref}")
+    record = registry.publish_bundle(name, base, records, defaults=defaults)
+    typer.echo(f"Published {record.ref}")
+    announce(REGISTERED, record.ref, registration(record, registry.store.url))
 
 
 @registry_app.command()

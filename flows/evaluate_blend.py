@@ -1,6 +1,10 @@
-"""Flow: score a bundle on a grid of preferences and methods, store the result and report it as artifacts."""
+"""Flow: score a bundle on a grid of preferences and methods, hold it against the champion, store and report it.
+
+It runs every night and whenever a bundle is registered: see infra/prefect.yaml.
+"""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +17,48 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
+from flows.evaluation_report import comparison_table, condensed, markdown
+from flows.events import FINISHED, REGRESSED, emit
 from flows.progress import show_progress
+from infra.comparing import REGRESSION
+from infra.errors import AliasMovedError, StoreError
 from workers.evaluation import EvaluateConfig, EvaluationError, Plan, Progress
+from workers.evaluation.comparison import compare_stored
 from workers.evaluation.files import COMMIT, REPORT, files_in
 from workers.evaluation.storing import evaluation_store, folder, is_complete, prepare, run_directory
 from workers.evaluation.storing import restore as restore_files
 from workers.evaluation.storing import upload as upload_files
 
 
-@flow(name="evaluate-blend")
+def tell(_flow: Any, flow_run: Any, state: Any) -> None:
+    """Emit what came of a run once it has ended, so that an automation may mark the run."""
+    answer = state.result()
+    run = {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}
+    event = REGRESSED if answer["verdict"] == REGRESSION else FINISHED
+    emit(event, answer["bundle"], answer | {"text": " ".join(answer["comparison"]["sentences"])}, [run])
+
+
+@flow(name="evaluate-blend", on_completion=[tell])
 def evaluate_blend(
-    run: dict[str, Any] | str | None = None, store_url: str | None = None, output_dir: str | None = None
+    run: dict[str, Any] | str | None = None,
+    store_url: str | None = None,
+    output_dir: str | None = None,
+    promote: bool = False,
 ) -> dict[str, Any]:
     """Evaluate what `run` describes (settings, the path of a run file, or by default the champion).
 
-    Returns digest, location (URL in the store), report (path of the HTML file here) and headline. The same evaluation
-    is never done twice: one that the store has is fetched from it.
+    Returns bundle, digest, location (URL in the store), report (path of the HTML file here), headline, verdict and
+    comparison (beside the champion's evaluation), promotion. The same evaluation is never done twice: one that the
+    store has is fetched from it. With `promote`, a bundle that passes the gate becomes the champion of its name.
     """
     planned = validate_run(run, store_url)
     directory = Path(output_dir) if output_dir else run_directory(planned)
     if not restore(planned, directory, store_url):
         score(planned, directory)
         upload(planned, directory, store_url)
-    return report(planned, directory, store_url)
+    comparison = compare(planned, directory, store_url)
+    promotion = make_champion(planned, store_url) if promote else None
+    return report(planned, directory, store_url, comparison, promotion)
 
 
 @task(cache_policy=NO_CACHE)
@@ -59,6 +82,10 @@ def restore(planned: Plan, directory: Path, store_url: str | None) -> bool:
 def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
     return not isinstance(error, EvaluationError)
+
+
+def _is_outage(_task: Any, _run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), StoreError | AliasMovedError)
 
 
 @task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=5, retry_condition_fn=_is_transient)
@@ -90,29 +117,48 @@ def upload(planned: Plan, directory: Path, store_url: str | None) -> None:
     get_run_logger().info("stored in %s", upload_files(planned, files_in(directory), evaluation_store(store_url)))
 
 
+@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_is_outage)
+def compare(planned: Plan, directory: Path, store_url: str | None) -> dict[str, Any]:
+    """Hold it against the champion's evaluation, before anything is promoted."""
+    comparison = compare_stored(planned, directory, store_url)
+    get_run_logger().info("%s: %s", comparison["verdict"], " ".join(comparison["sentences"]))
+    return comparison
+
+
+@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_is_outage)
+def make_champion(planned: Plan, store_url: str | None) -> dict[str, Any]:
+    """Promote the bundle if this evaluation of it passes the gate; promoted and reason."""
+    from workers.basis import promote
+
+    ref = planned.job.bundle.ref
+    found = promote(ref, "evaluated by evaluate-blend", store_url, "evaluate-blend", planned.digest)
+    get_run_logger().info("%s %s: %s", ref, "is the champion" if found.promoted else "is left", found.reason)
+    return asdict(found)
+
+
 @task(cache_policy=NO_CACHE)
-def report(planned: Plan, directory: Path, store_url: str | None) -> dict[str, Any]:
-    """Headline as markdown, figures as tables, the report as a link."""
+def report(
+    planned: Plan,
+    directory: Path,
+    store_url: str | None,
+    comparison: dict[str, Any],
+    promotion: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Headline and comparison as markdown, figures as tables, the report as a link."""
     summary = json.loads((directory / COMMIT).read_text())
     ref, location = planned.job.bundle.ref, f"{evaluation_store(store_url).url.rstrip('/')}/{folder(planned)}"
     create_markdown_artifact(
-        markdown=markdown(summary, location),
+        markdown=markdown(summary, comparison, promotion, location),
         key=artifact_key(planned, "report"),
         description=f"What came out of evaluating {ref}",
     )
-    create_table_artifact(
-        table=summary["cells"], key=artifact_key(planned, "cells"), description=f"All results of {ref}"
-    )
-    create_table_artifact(
-        table=summary["hypervolumes"], key=artifact_key(planned, "hypervolumes"), description=f"Reach of {ref}"
-    )
+    tables = {"cells": summary["cells"], "hypervolumes": summary["hypervolumes"]}
+    for name, table in (tables | {"comparison": comparison_table(comparison)}).items():
+        create_table_artifact(table=table, key=artifact_key(planned, name), description=f"{name.capitalize()} of {ref}")
     create_link_artifact(link=f"{location}/{REPORT}", link_text=f"Report on {ref}", key=artifact_key(planned, "link"))
-    return {
-        "digest": planned.digest,
-        "location": location,
-        "report": str(directory / REPORT),
-        "headline": summary["headline"],
-    }
+    answer = {"bundle": ref, "digest": planned.digest, "location": location, "report": str(directory / REPORT)}
+    found = {"verdict": comparison["verdict"], "comparison": condensed(comparison), "promotion": promotion}
+    return answer | {"headline": summary["headline"]} | found
 
 
 def artifact_key(planned: Plan, kind: str) -> str:
@@ -125,16 +171,3 @@ def progress_line(progress: Progress) -> str:
     """How far it is, in words."""
     left = "" if progress.seconds_left is None else f", about {progress.seconds_left / 60:.1f} minutes left"
     return f"{progress.done}/{progress.total} images{left}"
-
-
-def markdown(summary: dict[str, Any], location: str) -> str:
-    """The headline and what it rests on."""
-    facts = summary["facts"]
-    return "\n\n".join(
-        [
-            f"# Evaluation of {facts['bundle']}",
-            *summary["headline"],
-            f"{len(facts['prompts'])} prompts × {len(facts['seeds'])} seeds × {facts['cells']} settings, "
-            f"{facts['steps']} steps, guidance {facts['guidance']}. Files: `{location}`",
-        ]
-    )

@@ -11,6 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from blend.finetune.config import TrainConfig
 from flows.deploy_blend import deploy_blend
 from flows.evaluate_blend import evaluate_blend
+from flows.events import REGISTERED, emit, registration
 from flows.train_basis import train_basis
 from infra.manifests import AdapterRecord
 from infra.settings import read_settings
@@ -79,10 +80,12 @@ def fine_tune(run: TrainConfig, store_url: str | None, output_dir: str | None) -
 def register_bundle(name: str, adapters: list[AdapterRecord], run: TrainConfig, store_url: str | None) -> str:
     """Publish the basis, named after its rewards; the same adapters again are the version that is there."""
     from workers.basis import join_basis
+    from workers.publishing import open_registry
 
-    ref = join_basis(name, {record.reward: record for record in adapters}, run, store_url).ref
-    get_run_logger().info("published bundle %s", ref)
-    return ref
+    record = join_basis(name, {record.reward: record for record in adapters}, run, store_url)
+    emit(REGISTERED, record.ref, registration(record, open_registry(store_url).store.url))
+    get_run_logger().info("published bundle %s", record.ref)
+    return record.ref
 
 
 @task(retries=3, retry_delay_seconds=[2, 10, 30])
@@ -90,8 +93,9 @@ def promote_bundle(ref: str, store_url: str | None) -> None:
     """Make the evaluated bundle the champion of its name, unless the champion was evaluated as better."""
     from workers.basis import promote
 
-    if not promote(ref, "trained and evaluated by full-pipeline", store_url):
-        get_run_logger().warning("%s does not become the champion: the worker's log says why", ref)
+    found = promote(ref, "trained and evaluated by full-pipeline", store_url)
+    if not found.promoted:
+        get_run_logger().warning("%s does not become the champion: %s", ref, found.reason)
 
 
 @task(retries=2, retry_delay_seconds=2)

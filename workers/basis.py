@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from blend.finetune.config import TrainConfig
-from infra.evaluations import PromotionError, check_promotion, choose, evaluations_behind
+from infra.errors import UnknownRecordError
+from infra.evaluations import PromotionError, champion_of, check_promotion, choose, evaluations_behind
 from infra.kl_budget import kl_difference
 from infra.manifests import AdapterRecord, BundleDefaults, BundleRecord, Metric
 from infra.recommending import lambda_range, weight_ranges
-from infra.registry import Registry
 from workers.publishing import open_registry
 
 log = logging.getLogger(__name__)
@@ -29,17 +30,30 @@ def join_basis(
     return open_registry(store_url).publish_bundle(name, base, adapters, defaults=defaults)
 
 
-def promote(ref: str, reason: str, store_url: str | None = None, actor: str = "full-pipeline") -> bool:
-    """Make `ref` (name@version) its name's champion if its evaluation allows; whether it is the champion now."""
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """Whether a bundle is its name's champion now, and what speaks for or against it."""
+
+    promoted: bool
+    reason: str
+
+
+def promote(
+    ref: str, reason: str, store_url: str | None = None, actor: str = "full-pipeline", evaluation: str | None = None
+) -> Promotion:
+    """Make `ref` (name@version) its name's champion if its evaluation, the newest unless one is named, allows.
+
+    One that the gate refuses, or that is not in the store but comes with the package, is left as it is.
+    """
     registry = open_registry(store_url)
-    record = registry.get_bundle(ref)
     try:
-        found = check_promotion(registry, record, champion_of(registry, record.name))
-    except PromotionError as error:
+        record = registry.get_bundle(ref)
+        found = check_promotion(registry, record, champion_of(registry, record.name), evaluation)
+        registry.promote(record.name, record.version, actor=actor, reason=f"{reason}; {found}")
+    except (PromotionError, UnknownRecordError) as error:
         log.warning("%s is not promoted: %s", ref, error)
-        return False
-    registry.promote(record.name, record.version, actor=actor, reason=f"{reason}; {found}")
-    return True
+        return Promotion(False, str(error))
+    return Promotion(True, found)
 
 
 def recommend(ref: str, evaluation: str | None = None, store_url: str | None = None) -> BundleRecord:
@@ -63,11 +77,6 @@ def recommend(ref: str, evaluation: str | None = None, store_url: str | None = N
     return registry.publish_bundle(
         bundle.name, bundle.base, registry.adapters_of(bundle), parent=bundle.ref, run_ids=run_ids, **facts, **ranges
     )
-
-
-def champion_of(registry: Registry, name: str, alias: str = "champion") -> BundleRecord | None:
-    """What the alias points at; None when it was never set."""
-    return registry.get_bundle(f"{name}@{alias}") if alias in registry.alias_names(name) else None
 
 
 def gain_table(adapters: Sequence[AdapterRecord]) -> list[dict[str, float | str]]:

@@ -1,9 +1,14 @@
-"""infra/prefect.yaml on a real Prefect server: the README's commands register it, a worker runs a deployment."""
+"""infra/prefect.yaml and automations.yaml on a real Prefect server: the README's commands register them, events set
+off what they say, a worker runs a deployment."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -37,6 +42,7 @@ def deployed(tmp_path_factory):
     with prefect_server(home) as environment:
         prefect(environment, "work-pool", "create", "blend", "--type", "process")
         prefect(environment, "deploy", "--all", "--prefect-file", "infra/prefect.yaml")
+        prefect(environment, "automation", "create", "--from-file", "infra/automations.yaml")
         yield home, environment
 
 
@@ -64,6 +70,58 @@ def test_only_the_evaluation_is_scheduled(deployed):
     assert schedule["schedule"]["cron"] == "0 4 * * *"
     assert schedule["active"]
     assert not any(schedules.values())
+
+
+def wait_for(found: Callable[[], dict | None], seconds: float = 60) -> dict:
+    """What `found` returns, once it is something."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (answer := found()) is not None:
+            return answer
+        time.sleep(0.5)
+    raise AssertionError(f"nothing came in {seconds:.0f} s")
+
+
+@pytest.mark.slow
+def test_a_registered_bundle_is_to_be_evaluated(deployed, store_url):
+    _, environment = deployed
+    command = [sys.executable, "-m", "flows.cli", "registry", "bundle", "pair", "warm", "small", "--store", store_url]
+    subprocess.run([*command, "--guidance-scale", "2", "--steps", "4"], env={**os.environ, **environment}, check=True)
+    asked = {"deployments": {"name": {"any_": ["evaluate-blend"]}}}
+
+    def triggered() -> dict | None:
+        runs = httpx.post(f"{environment['PREFECT_API_URL']}/flow_runs/filter", json=asked, timeout=60).json()
+        return next((run for run in runs if run["parameters"]), None)
+
+    run = wait_for(triggered)
+    assert run["parameters"] == {"run": {"bundle": "pair@1"}, "store_url": store_url}
+    assert run["state_type"] in ("SCHEDULED", "PENDING")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("event", "state"), [("regressed", "Regressed"), ("finished", "Completed")])
+def test_the_run_that_found_a_regression_is_marked(deployed, event, state):
+    api = deployed[1]["PREFECT_API_URL"]
+    flow = httpx.post(f"{api}/flows/", json={"name": "evaluate-blend"}, timeout=60).json()
+    body = {"flow_id": flow["id"], "state": {"type": "COMPLETED"}}
+    run = httpx.post(f"{api}/flow_runs/", json=body, timeout=60).raise_for_status().json()
+    related = {"prefect.resource.id": f"prefect.flow-run.{run['id']}", "prefect.resource.role": "flow-run"}
+    told = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": f"diffusion-blend.evaluation.{event}",
+        "resource": {"prefect.resource.id": "diffusion-blend.bundle.pair", "prefect.resource.name": "pair@1"},
+        "related": [related],
+    }
+    httpx.post(f"{api}/events", json=[told], timeout=60).raise_for_status()
+
+    def read() -> dict | None:
+        found = httpx.get(f"{api}/flow_runs/{run['id']}", timeout=60).json()
+        return found if found["state_name"] == state else None
+
+    if event == "finished":
+        time.sleep(5)
+    assert wait_for(read)["state_type"] == {"Regressed": "FAILED"}.get(state, "COMPLETED")
 
 
 @pytest.mark.slow
