@@ -20,7 +20,7 @@ ON_GPUS = {"train_sd15_1gpu": 1, "train_sd15_8gpu": 8, "train_sdxl_1gpu": 1, "tr
 def test_runs_are_valid_and_their_prompts_disjoint(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # relative prompt files are found beside the run file
     config = TrainConfig.from_toml(path)
-    assert {config.reward, *config.guard.watch} <= set(REWARDS)
+    assert {*config.rewards, *config.guard.watch} <= set(REWARDS)
     prompts = load_prompts(config.prompts, key="prompts")
     held_out = load_prompts(config.held_out_prompts, key="held_out_prompts")
     assert not set(prompts) & set(held_out)

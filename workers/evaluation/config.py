@@ -78,7 +78,8 @@ class EvaluateConfig(BaseModel):
     rivals_everywhere: bool = False
     # Preferences to retrain a model for, {adapter: weight} each: the oracles, which the blend stands in for ...
     oracle_weights: Annotated[tuple[dict[str, float], ...], BeforeValidator(_rows)] = ()
-    # ... and adapters to retrain at other strengths, {adapter: [lambda, ...]}: at kl_weight / lambda.
+    # ... and adapters to retrain at other strengths, {adapter: [lambda, ...]}: at kl_weight / lambda, and to lambda^2
+    # of the path KL of the adapter where oracle_run has a kl_target.
     oracle_lambdas: dict[str, tuple[float, ...]] = {}
     # Run file that oracles are trained by: name, reward, base and kl_weight are filled in. Needed for those that the
     # registry does not have yet.

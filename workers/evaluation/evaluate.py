@@ -32,9 +32,9 @@ from workers.evaluation.files import write_files
 from workers.evaluation.grid import Cell, plan_cells
 from workers.evaluation.job import Item, Job, OracleAdapter, plan_items, seed_blocks
 from workers.evaluation.ledger import Ledger
-from workers.evaluation.retraining import plan_oracles
 from workers.evaluation.pictures import Pixels, pictured_cells
 from workers.evaluation.report import Facts
+from workers.evaluation.retraining import plan_oracles
 from workers.evaluation.rivals import is_rival, parse_rival
 from workers.evaluation.scoring import company, score_column
 from workers.evaluation.verdicts import COLUMNS as VERDICTS
@@ -115,7 +115,7 @@ def plan(config: EvaluateConfig, bundle: LoadedBundle, adapter_rewards: Mapping[
         raise EvaluationError("eta = 0: method ls needs eta > 0; raise eta or leave ls out of methods", "eta")
     _refuse_columns(names)
     cells = _without_gradientless(plan_cells(config, basis), objectives)
-    oracle_runs = plan_oracles(config, bundle.record.base.source, cells, objectives)
+    oracle_runs = plan_oracles(config, bundle, cells, objectives)
     versions = {name: _reward_version(name) for name in names}
     identity = {
         "config": config.model_dump(mode="json", exclude=PLACEMENT),

@@ -1,8 +1,10 @@
 """Oracles: a model retrained for one preference, or at one KL strength, as what the blend stands in for.
 
 An oracle is an adapter like any other, tuned by the trainer of the basis with its settings, toward
-sum_i w_i (r_i - mean_i) / std_i at the same alpha, or toward one reward at alpha / lambda. The registry keeps it under
-a name that says by its digest how it was trained, so that it is trained once.
+sum_i w_i (r_i - mean_i) / std_i at the same alpha. At another strength it is tuned toward one reward at alpha / lambda
+and, since a training that ends before alpha decides how far it goes is as strong at any alpha, within a path KL of
+lambda^2 times the adapter's: that of two Gaussians whose means differ by lambda as much. The registry keeps it under a
+name that says by its digest how it was trained, so that it is trained once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from blend.finetune.errors import ConfigError
 from infra.errors import UnknownRecordError
 from infra.manifests import AdapterRecord
 from infra.settings import Settings
-from workers.bundles import find_record, local_cache
+from workers.bundles import LoadedBundle, find_record, local_cache
 from workers.evaluation.config import EvaluateConfig, EvaluationError
 from workers.evaluation.grid import ORACLE, Cell
 from workers.evaluation.job import OracleAdapter
@@ -23,7 +25,7 @@ DIGITS = 6  # of a weight in a training: thirds are no binary fractions
 
 
 def plan_oracles(
-    config: EvaluateConfig, base: str, cells: Sequence[Cell], objectives: Sequence[str]
+    config: EvaluateConfig, bundle: LoadedBundle, cells: Sequence[Cell], objectives: Sequence[str]
 ) -> dict[Cell, TrainConfig]:
     """The training behind each oracle cell. EvaluationError names the key of the run file at fault."""
     asked = [cell for cell in cells if cell.method == ORACLE]
@@ -33,22 +35,26 @@ def plan_oracles(
         raise EvaluationError("oracle_run: oracles need the run file that they are trained by", "oracle_run")
     try:
         template = TrainConfig.from_toml(config.oracle_run)
-        return {cell: _training(template, base, cell, objectives) for cell in asked}
+        return {cell: _training(template, bundle, cell, objectives) for cell in asked}
     except ConfigError as error:
         raise EvaluationError(f"oracle_run: {error}", "oracle_run") from error
 
 
-def _training(template: TrainConfig, base: str, cell: Cell, objectives: Sequence[str]) -> TrainConfig:
+def _training(template: TrainConfig, bundle: LoadedBundle, cell: Cell, objectives: Sequence[str]) -> TrainConfig:
     shares: dict[str, float] = {}
     for place in cell.active:
         shares[objectives[place]] = round(shares.get(objectives[place], 0.0) + cell.weights[place], DIGITS)
     reward = next(iter(shares)) if len(shares) == 1 else shares
     settings = template.model_dump() | {
         "name": ORACLE,
-        "base_model": base,
+        "base_model": bundle.record.base.source,
         "reward": reward,
-        "kl_weight": template.kl_weight / cell.kl_lambda,
+        "kl_weight": round(template.kl_weight / cell.kl_lambda, 9),
     }
+    if cell.kl_lambda != 1 and template.kl_target is not None:
+        tuned = list(bundle.adapter_records.values())[cell.active[0]].metrics.get("path_kl")
+        reach = template.kl_target if tuned is None else tuned.value
+        settings["kl_target"] = round(cell.kl_lambda**2 * reach, 3)
     training = TrainConfig.parse(settings, source="oracle")
     return training.model_copy(update={"name": f"{ORACLE}-{training.digest}"})
 

@@ -1,0 +1,72 @@
+"""The Jensen gap of the headline's preferences, and what it says about the reward that the blend loses."""
+
+import json
+from typing import Any
+
+import pandas as pd
+from figures import RESULTS
+
+from blend.preference import Preference
+from workers.evaluation import EvaluateConfig
+from workers.evaluation.gaps import gap_against_loss, gap_png, gap_table
+from workers.evaluation.scoring import open_engine
+from workers.evaluation.storing import prepare, ready
+
+STEPS_SHOWN = (1, 5, 10, 15, 20)
+
+
+def measure_jensen(config: EvaluateConfig, prompts: int, seeds: int) -> dict[str, Any]:
+    """Relative gap by step for every oracle, along the blend's own path, and its correlation with the loss."""
+    planned = ready(prepare(config))
+    job = planned.job
+    engine = open_engine(job, "cpu")
+    cells = list(job.oracles)
+    pairs = []
+    for cell in cells:
+        weights = {name: weight for name, weight in zip(job.basis, cell.weights, strict=True) if weight}
+        blend = Preference.parse(weights, kl_lambda=cell.kl_lambda, method="mpa", basis=job.basis)
+        pairs.append((blend, Preference(weights={job.oracles[cell].name: 1.0})))
+    table = gap_table(engine, job.prompts[:prompts], range(seeds), pairs)
+    (RESULTS / "headline_gap.png").write_bytes(gap_png(table))
+    labels = [_label(dict(zip(job.basis, cell.weights, strict=True)), cell.kl_lambda) for cell in cells]
+    found = {label: _figures(table[table["pair"] == place]) for place, label in enumerate(labels)}
+    return {"jensen_gap": {"prompts": prompts, "seeds": seeds, **found, "predicts": _predicts(found)}}
+
+
+def _label(weights: dict[str, float], kl_lambda: float) -> str:
+    mix = " ".join(f"{name} {weight:.2g}" for name, weight in weights.items() if weight)
+    return mix if kl_lambda == 1 else f"{mix} lambda {kl_lambda:g}"
+
+
+def _figures(rows: pd.DataFrame) -> dict[str, Any]:
+    shown = rows[rows["step"].isin(STEPS_SHOWN)]
+    return {
+        "relative_by_step": {
+            str(row["step"]): {end or "mean": row[f"relative_gap{'_' * bool(end)}{end}"] for end in ("", "low", "high")}
+            for row in shown.to_dict("records")
+        },
+        "relative": float(rows["relative_gap"].mean()),
+        "cosine": float(rows["cosine"].mean()),
+        "path_kl": float(rows["path_kl"].iloc[0]),
+        "base_path_kl": float(rows["base_path_kl"].iloc[0]),
+    }
+
+
+def _predicts(found: dict[str, dict[str, Any]]) -> str | None:
+    """How the gap goes with the reward lost over the preferences, where the evaluation was measured before."""
+    path = RESULTS / "headline.json"
+    figures = json.loads(path.read_text())["figures"] if path.exists() else {}
+    gains = figures.get("weighted_gain", {})
+    losses = {
+        label: gains["oracle"][label]["mean"] - gains["mpa"][label]["mean"]
+        for label in found
+        if label in gains.get("oracle", {}) and label in gains.get("mpa", {})
+    }
+    losses |= {
+        label: -row["gap"]["mean"]
+        for strength, row in figures.get("kla_gap", {}).items()
+        for label in found
+        if label.endswith(f" lambda {strength}")
+    }
+    gaps = {label: found[label]["path_kl"] for label in losses}
+    return str(gap_against_loss(gaps, losses)) if len(losses) > 2 else None
