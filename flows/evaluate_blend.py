@@ -25,7 +25,15 @@ from infra.errors import AliasMovedError, StoreError
 from workers.evaluation import EvaluateConfig, EvaluationError, Plan, Progress
 from workers.evaluation.comparison import compare_stored
 from workers.evaluation.files import COMMIT, REPORT, files_in
-from workers.evaluation.storing import evaluation_store, folder, is_complete, prepare, run_directory
+from workers.evaluation.storing import (
+    evaluation_store,
+    folder,
+    is_complete,
+    open_ledger,
+    prepare,
+    ready,
+    run_directory,
+)
 from workers.evaluation.storing import restore as restore_files
 from workers.evaluation.storing import upload as upload_files
 
@@ -53,10 +61,12 @@ def evaluate_blend(
     """
     planned = validate_run(run, store_url)
     directory = Path(output_dir) if output_dir else run_directory(planned)
-    if not restore(planned, directory, store_url):
-        score(planned, directory)
-        upload(planned, directory, store_url)
+    stored = restore(planned, directory, store_url)
+    if not stored:
+        score(planned, directory, store_url)
     comparison = compare(planned, directory, store_url)
+    if not stored:
+        upload(planned, directory, store_url)
     promotion = make_champion(planned, store_url) if promote else None
     return report(planned, directory, store_url, comparison, promotion)
 
@@ -89,8 +99,8 @@ def _is_outage(_task: Any, _run: Any, state: Any) -> bool:
 
 
 @task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=5, retry_condition_fn=_is_transient)
-def score(planned: Plan, directory: Path) -> None:
-    """Generate and score every sample on Ray, showing progress and time left."""
+def score(planned: Plan, directory: Path, store_url: str | None) -> None:
+    """Generate and score every sample on Ray, showing progress and time left; a retry goes on where it was stopped."""
     from workers.evaluation import evaluate
 
     if is_complete(planned, directory):
@@ -108,7 +118,9 @@ def score(planned: Plan, directory: Path) -> None:
             show_progress(artifact, 100.0 * share)
             logger.info(progress_line(progress))
 
-    evaluate(planned, directory, show)
+    planned = ready(planned, store_url)
+    evaluate(planned, directory, show, open_ledger(planned, evaluation_store(store_url)))
+    show_progress(artifact, 100.0)
 
 
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2, 10, 30])

@@ -9,6 +9,7 @@ from prefect.client.orchestration import get_client
 
 from flows.cli import main
 from flows.evaluate_blend import evaluate_blend
+from infra.errors import IntegrityError
 from infra.storage import open_store
 from workers.evaluation import EvaluationError
 
@@ -83,13 +84,26 @@ def run_file(tmp_path):
     return path
 
 
-def test_the_command_writes_the_report_and_says_where(run_file, rivals_store_url, tmp_path, capsys):
+def test_the_command_writes_the_report_and_says_where(run_file, rivals_store_url, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
+    command = ["evaluate", str(run_file), "--output", str(out), "--no-store", "--store-url", rivals_store_url]
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(run_file), "--output", str(out), "--no-store", "--store-url", rivals_store_url])
+        main(command)
     assert ended.value.code == 0
-    assert str(out / "report.html") in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert str(out / "report.html") in output
+    assert "Not compared: no earlier evaluation of a champion of rivals asked the same." in output
     assert (out / "report.html").is_file()
+    assert json.loads((out / "comparison.json").read_text())["verdict"] == "not compared"
+
+    def damaged(*_):
+        raise IntegrityError("summary.json is damaged")
+
+    monkeypatch.setattr("workers.evaluation.comparison.compare_stored", damaged)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    assert "Not compared with the champion: summary.json is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

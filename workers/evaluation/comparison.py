@@ -1,7 +1,7 @@
 """A finished evaluation beside the champion's: found in the store, written as `comparison.json` next to its files.
 
-It is no part of the stored evaluation, which is written once and for good: what it says depends on which bundle is the
-champion and on what else lies in the store when it is made. infra.comparing says what is in it.
+That file is not stored: an evaluation is written once and for good, and what is said here depends on which bundle is
+the champion and on what else lies in the store when it is said. infra.comparing tells what is in it.
 """
 
 from __future__ import annotations
