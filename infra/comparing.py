@@ -120,7 +120,7 @@ def _fronts(now: Summary, then: Summary) -> list[Json]:
     return [
         {"front": row["front"]} | _line(earlier[row["front"]], row, "hypervolume")
         for row in now["hypervolumes"]
-        if row["front"] in earlier and _is_own(row["front"], now) and _same_grid(row["front"], now, then)
+        if row["front"] in earlier and is_own(row["front"], now) and _same_grid(row["front"], now, then)
     ]
 
 
@@ -129,7 +129,7 @@ def _methods(now: Summary, then: Summary) -> list[Json]:
     return [
         {"method": row["method"]} | _line(earlier[row["method"]], row, "share") | _cost(row["method"], now, then)
         for row in now.get("methods", [])
-        if row["method"] in earlier and _is_own(row["method"], now) and _same_grid(row["method"], now, then)
+        if row["method"] in earlier and is_own(row["method"], now) and _same_grid(row["method"], now, then)
     ]
 
 
@@ -147,7 +147,7 @@ def _cells(now: Summary, then: Summary) -> list[Json]:
     ]
 
 
-def _is_own(front: str, summary: Summary) -> bool:
+def is_own(front: str, summary: Summary) -> bool:
     """Whether the bundle is blended in this way: base, oracles and rivals say nothing of it."""
     methods = summary.get("config", {}).get("methods")
     name = front.partition(", ")[0]

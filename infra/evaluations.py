@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infra.comparing import is_common
+from infra.comparing import is_common, is_own
 from infra.errors import IntegrityError, ObjectMissingError, RegistryError, UnknownRecordError
 from infra.manifests import BundleRecord
 from infra.registry import Registry
@@ -47,8 +47,8 @@ class Evaluation:
 
     @property
     def hypervolumes(self) -> dict[str, dict[str, float]]:
-        """Name of a front -> hypervolume, hypervolume_low, hypervolume_high."""
-        return {row["front"]: row for row in self.summary["hypervolumes"] if row["front"] != "base"}
+        """Front of the bundle's own -> hypervolume, hypervolume_low, hypervolume_high."""
+        return {row["front"]: row for row in self.summary["hypervolumes"] if is_own(row["front"], self.summary)}
 
 
 def evaluations_of(store: Store, bundle: BundleRecord) -> list[Evaluation]:

@@ -13,6 +13,9 @@ from workers.engine_args import EngineArgs
 from workers.loading import settings_of
 from workers.model_card import BundleName, ModelCard
 
+# Methods of points that are no blend: the base model, and one adapter alone.
+BASE, ADAPTER = "base", "adapter"
+
 
 class Interval(BaseModel):
     """A mean over prompts and seeds with its 95 % interval."""
@@ -81,6 +84,8 @@ def _told(digest: str, summary: dict[str, Any], card: ModelCard) -> LatestEvalua
             },
         )
         for cell in summary["cells"]
+        # what was measured beside it, rivals and retrained models, cannot be asked of this bundle
+        if cell["method"] in (BASE, ADAPTER, *card.methods)
     ]
     return LatestEvaluation(
         bundle=card.bundle,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from figures import RESULTS, write_figures
 from headline_parts.jensen import measure_jensen
-from headline_parts.tables import read_evaluation
+from headline_parts.tables import read_evaluation, read_strength
 
 from workers.evaluation import EvaluateConfig, evaluate
 from workers.evaluation.files import files_in
@@ -37,6 +37,20 @@ def searching(config: EvaluateConfig) -> EvaluateConfig:
     weights = tuple(one for one in config.oracle_weights if set(one) == {"colourfulness", "compressibility"})
     return narrowed(config).model_copy(
         update={"rivals": SEARCHING, "methods": ("mpa",), "oracle_weights": weights, "oracle_lambdas": {}}
+    )
+
+
+def dialled(config: EvaluateConfig) -> EvaluateConfig:
+    """The blend at more than its usual strength, with the path KL: an oracle may have gone further than it goes."""
+    return searching(config).model_copy(
+        update={
+            "rivals": (),
+            "methods": ("mpa", "ls", "soup"),
+            "kl_methods": ("mpa",),
+            "kl_lambdas": (1.0, 1.25, 1.5),
+            "kl_everywhere": True,
+            "path_kl": True,
+        }
     )
 
 
@@ -65,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="seeds; default: the run file's")
     parser.add_argument("--narrow", action="store_true")
     parser.add_argument("--search", type=int, metavar="PROMPTS", help="measure the rivals of twenty candidates only")
+    parser.add_argument("--strength", type=int, metavar="PROMPTS", help="measure stronger blends and path KL only")
     parser.add_argument("--gap", action="store_true", help="measure the Jensen gap only")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,6 +93,10 @@ def main() -> None:
         config = searching(config.model_copy(update={"num_prompts": asked.search}))
         figures: dict[str, Any] = {"search": read_evaluation(run(config))}
         write_figures("headline", figures, update=True, section="search")
+        return
+    if asked.strength:
+        directory = run(dialled(config.model_copy(update={"num_prompts": asked.strength})))
+        write_figures("headline", {"strength": read_strength(directory)}, update=True, section="strength")
         return
     directory = run(narrowed(config) if asked.narrow else config)
     keep(directory)

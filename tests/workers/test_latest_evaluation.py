@@ -51,9 +51,12 @@ def test_the_users_own_evaluation_comes_before_the_shipped_one(tmp_path):
     shutil.copytree(shipped.parent, folder)
     summary = json.loads((folder / "summary.json").read_text())
     summary["facts"]["seeds"] = [0, 1]
+    # measured beside the bundle, not part of it: the page could not ask for them
+    summary["cells"] += [summary["cells"][-1] | {"method": method} for method in ("oracle", "code_20_5")]
     (folder / "summary.json").write_text(json.dumps(summary))
     told = latest_evaluation(args, card)
     assert (told.evaluation, told.seeds) == ("own", 2)
+    assert {point.method for point in told.points} == {"base", "adapter", "mpa"}
     (folder / "summary.json").write_text("{")
     damaged = latest_evaluation(args, card)
     assert isinstance(damaged, Refusal)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,34 @@ def _strengths(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         for row in rows
         if row["kl_lambda"] != 1 and row["method"] == "mpa"
     }
+
+
+def read_strength(directory: Path) -> dict[str, Any]:
+    """For each mix, gain and path KL of oracle and blends, and the share of its gain at the path KL that it has."""
+    summary = json.loads((directory / "summary.json").read_text())
+    basis = list(summary["facts"]["adapters"])
+    found: dict[str, Any] = {
+        "prompts": len(summary["facts"]["prompts"]),
+        "seeds": len(summary["facts"]["seeds"]),
+    }
+    mixes = [row for row in summary["cells"] if sum(bool(row[f"w_{name}"]) for name in basis) > 1]
+    for oracle in (row for row in mixes if row["method"] == "oracle"):
+        same = [row for row in mixes if all(row[f"w_{name}"] == oracle[f"w_{name}"] for name in basis)]
+        points = {f"{row['method']} lambda {row['kl_lambda']:g}": _point(row) for row in same}
+        sweep = sorted((row for row in same if row["method"] == "mpa"), key=lambda row: row["path_kl"])
+        at = [(0.0, 0.0), *((row["path_kl"], row["weighted_gain"]) for row in sweep)]
+        points["share at the oracle's path KL"] = _at(oracle["path_kl"], at) / oracle["weighted_gain"]
+        found[preference(oracle, basis)] = points
+    return found
+
+
+def _point(row: Row) -> dict[str, Any]:
+    return {"gain": _span(row, "weighted_gain"), "path_kl": row["path_kl"], "binding_right": row["binding_right"]}
+
+
+def _at(kl: float, points: Sequence[tuple[float, float]]) -> float:
+    """The gain at a path KL, on straight lines between the square roots of those measured; the last one beyond."""
+    for (low, less), (high, more) in pairwise(points):
+        if kl <= high:
+            return less + (more - less) * (kl**0.5 - low**0.5) / (high**0.5 - low**0.5)
+    return points[-1][1]
