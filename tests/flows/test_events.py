@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prefect_events import wait_for_event
@@ -67,3 +69,23 @@ def test_a_server_that_is_there_is_told_of_every_published_bundle(prefect, run: 
         "prefect.resource.id": "diffusion-blend.bundle.pair",
         "prefect.resource.name": "pair@1",
     }
+
+
+def test_the_notification_that_the_automations_file_shows_is_a_valid_one():
+    import yaml
+    from prefect.server.events.schemas.automations import AutomationCore
+    from prefect.server.utilities.user_templates import render_user_template_sync
+
+    lines = (Path(__file__).parents[2] / "infra" / "automations.yaml").read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if "# - type: send-notification" in line)
+    shown = [line.replace("# ", "", 1) for line in lines[start:]]
+    [automation] = yaml.safe_load("\n".join([*lines[:start], *shown]))["automations"]
+    AutomationCore.model_validate(automation)
+    comparison = {"against": {"bundle": "pair@1"}}
+    payload = {"bundle": "pair@2", "text": "Worse.", "location": "s3://blend/e", "comparison": comparison}
+    event = SimpleNamespace(payload=payload)
+    mark, notify = automation["actions"]
+    assert mark["type"] == "change-flow-run-state"
+    subject, body = (render_user_template_sync(notify[part], {"event": event}) for part in ("subject", "body"))
+    assert subject == "pair@2 is worse than pair@1"
+    assert body == "Worse. s3://blend/e/report.html"
