@@ -1,13 +1,14 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
-Runs infra/runs/headline.toml, or part of it: --prompts and --seeds take fewer, --narrow leaves out all mixes and
-strengths but those that have an oracle, and rivals of twenty candidates; --search then measures these, on prompts of
-their own number. results/headline.json says what was measured. What is stopped goes on where it was: nothing is made
-twice.
+infra/runs/headline.toml is the whole protocol, a day on two cores (--whole). What runs otherwise is its core: the
+preferences and strengths that have an oracle, on fewer prompts and seeds; then stronger blends with their path KL, the
+rivals of twenty candidates, and the Jensen gap, each on fewer still. results/headline.json says how many. What is
+stopped goes on where it was: nothing is made twice.
 """
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from headline_parts.jensen import measure_jensen
 from headline_parts.tables import read_evaluation, read_strength
 
 from workers.evaluation import EvaluateConfig, evaluate
-from workers.evaluation.files import files_in
 from workers.evaluation.storing import is_complete, open_ledger, prepare, ready, run_directory
 
 RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
-GAP_PROMPTS, GAP_SEEDS = 16, 2
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
+# Prompts and seeds of each part.
+SIZES = {"main": (80, 2), "strength": (24, 2), "search": (16, 2), "gap": (16, 2)}
+
+
+def sized(config: EvaluateConfig, prompts: int, seeds: int) -> EvaluateConfig:
+    return config.model_copy(update={"num_prompts": prompts, "seeds": tuple(range(seeds))})
 
 
 def narrowed(config: EvaluateConfig) -> EvaluateConfig:
@@ -64,43 +69,40 @@ def run(config: EvaluateConfig) -> Path:
     return directory
 
 
-def keep(directory: Path) -> None:
-    """Copy the figures and the table, which the README shows."""
+def measure_main(config: EvaluateConfig) -> dict[str, Any]:
+    """The evaluation itself; its pictures and its table are kept for the README."""
+    directory = run(config)
     for name, kept in PICTURES.items():
         if (directory / name).is_file():
             shutil.copyfile(directory / name, RESULTS / kept)
     shutil.copyfile(directory / "summary.csv", RESULTS / "headline.csv")
-    assert files_in(directory)
+    return read_evaluation(directory)
+
+
+def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
+    """What each part does with the run file's settings."""
+
+    def core(name: str, config: EvaluateConfig) -> EvaluateConfig:
+        return sized(config, *SIZES[name])
+
+    return {
+        "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
+        "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
+        "search": lambda config: {"search": read_evaluation(run(searching(core("search", config))))},
+        "gap": lambda config: measure_jensen(config, *SIZES["gap"]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, help="prompts; default: the run file's")
-    parser.add_argument("--seeds", type=int, help="seeds; default: the run file's")
-    parser.add_argument("--narrow", action="store_true")
-    parser.add_argument("--search", type=int, metavar="PROMPTS", help="measure the rivals of twenty candidates only")
-    parser.add_argument("--strength", type=int, metavar="PROMPTS", help="measure stronger blends and path KL only")
-    parser.add_argument("--gap", action="store_true", help="measure the Jensen gap only")
+    parser.add_argument("--part", choices=SIZES, action="append", help="only this one; may be repeated")
+    parser.add_argument("--whole", action="store_true", help="the whole run file")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     config = EvaluateConfig.from_toml(RUN)
-    seeds = tuple(range(asked.seeds)) if asked.seeds else config.seeds
-    config = config.model_copy(update={"seeds": seeds, "num_prompts": asked.prompts or config.num_prompts})
-    if asked.gap:
-        write_figures("headline", measure_jensen(config, GAP_PROMPTS, GAP_SEEDS), update=True, section="gap")
-        return
-    if asked.search:
-        config = searching(config.model_copy(update={"num_prompts": asked.search}))
-        figures: dict[str, Any] = {"search": read_evaluation(run(config))}
-        write_figures("headline", figures, update=True, section="search")
-        return
-    if asked.strength:
-        directory = run(dialled(config.model_copy(update={"num_prompts": asked.strength})))
-        write_figures("headline", {"strength": read_strength(directory)}, update=True, section="strength")
-        return
-    directory = run(narrowed(config) if asked.narrow else config)
-    keep(directory)
-    write_figures("headline", read_evaluation(directory), update=True)
+    for name, measure in parts(asked.whole).items():
+        if name in (asked.part or SIZES):
+            write_figures("headline", measure(config), update=True, section="" if name == "main" else name)
 
 
 if __name__ == "__main__":

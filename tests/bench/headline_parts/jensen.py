@@ -8,11 +8,12 @@ from figures import RESULTS
 
 from blend.preference import Preference
 from workers.evaluation import EvaluateConfig
-from workers.evaluation.gaps import gap_against_loss, gap_png, gap_table
+from workers.evaluation.gaps import FEWEST, gap_against_loss, gap_png, gap_table
 from workers.evaluation.scoring import open_engine
 from workers.evaluation.storing import prepare, ready
 
 STEPS_SHOWN = (1, 5, 10, 15, 20)
+EARLY = 8  # steps that the rewards of these trainings count in
 
 
 def measure_jensen(config: EvaluateConfig, prompts: int, seeds: int) -> dict[str, Any]:
@@ -46,13 +47,14 @@ def _figures(rows: pd.DataFrame) -> dict[str, Any]:
             for row in shown.to_dict("records")
         },
         "relative": float(rows["relative_gap"].mean()),
+        "relative_early": float(rows.loc[rows["step"] <= EARLY, "relative_gap"].mean()),
         "cosine": float(rows["cosine"].mean()),
         "path_kl": float(rows["path_kl"].iloc[0]),
         "base_path_kl": float(rows["base_path_kl"].iloc[0]),
     }
 
 
-def _predicts(found: dict[str, dict[str, Any]]) -> str | None:
+def _predicts(found: dict[str, dict[str, Any]]) -> dict[str, str]:
     """How the gap goes with the reward lost over the preferences, where the evaluation was measured before."""
     path = RESULTS / "headline.json"
     figures = json.loads(path.read_text())["figures"] if path.exists() else {}
@@ -68,5 +70,7 @@ def _predicts(found: dict[str, dict[str, Any]]) -> str | None:
         for label in found
         if label.endswith(f" lambda {strength}")
     }
-    gaps = {label: found[label]["path_kl"] for label in losses}
-    return str(gap_against_loss(gaps, losses)) if len(losses) > 2 else None
+    if len(losses) < FEWEST:
+        return {}
+    measures = ("path_kl", "relative", "relative_early")
+    return {name: str(gap_against_loss({label: found[label][name] for label in losses}, losses)) for name in measures}
