@@ -13,8 +13,8 @@ from typing import Any
 from infra.comparing import changes, compare
 from infra.evaluations import Evaluation, earlier_evaluation
 from workers.bundles import find_record
-from workers.evaluation.evaluate import Plan
-from workers.evaluation.files import COMMIT
+from workers.evaluation.files import COMMIT, tell_comparison
+from workers.evaluation.planning import Plan
 from workers.evaluation.storing import evaluation_store, folder, settings_for
 
 COMPARISON = "comparison.json"
@@ -23,7 +23,7 @@ COMPARISON = "comparison.json"
 def compare_stored(planned: Plan, directory: Path, store_url: str | None = None) -> dict[str, Any]:
     """Compare the evaluation in `directory` with the champion's in the store, write that there and return it.
 
-    Raises InfraError.
+    The report in `directory` tells of it as well; the one in the store does not. Raises InfraError.
     """
     summary = json.loads((directory / COMMIT).read_text(encoding="utf-8"))
     bundle = planned.job.bundle.record
@@ -36,4 +36,5 @@ def compare_stored(planned: Plan, directory: Path, store_url: str | None = None)
         comparison = compare(summary, earlier.evaluation.summary, earlier.role, changes(earlier.bundle, bundle))
     text = json.dumps(comparison, indent=1, ensure_ascii=False)
     (directory / COMPARISON).write_text(text + "\n", encoding="utf-8")
+    tell_comparison(directory, comparison)
     return comparison

@@ -16,9 +16,9 @@ from infra.settings import Settings, read_settings
 from infra.storage import Store, open_store
 from workers.bundles import open_bundle
 from workers.evaluation.config import EvaluateConfig
-from workers.evaluation.evaluate import Plan, plan
 from workers.evaluation.files import COMMIT
 from workers.evaluation.ledger import Ledger
+from workers.evaluation.planning import Plan, plan
 from workers.evaluation.retraining import train_missing
 
 
