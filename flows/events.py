@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REGISTERED = "diffusion-blend.bundle.registered"
 FINISHED = "diffusion-blend.evaluation.finished"
 REGRESSED = "diffusion-blend.evaluation.regressed"
-SECONDS = 3.0
+SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
