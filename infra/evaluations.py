@@ -7,6 +7,7 @@ A summary is read as plain JSON: what is written there belongs to workers.evalua
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,8 +146,14 @@ def comparable(one: Evaluation, other: Evaluation) -> bool:
     config, configs = (evaluation.summary.get("config", {}) for evaluation in (one, other))
     # hypervolumes are over the rewards that adapters were tuned for
     axes, other_axes = (set(known.get("adapters", {}).values()) for known in (facts, others))
-    same = all(facts.get(fact) == others.get(fact) for fact in SAME)
+    same = all(facts.get(fact) == others.get(fact) for fact in SAME) and _same_units(one.summary, other.summary)
     return same and axes == other_axes and all(config.get(key) == configs.get(key) for key in SAME_CONFIG)
+
+
+def _same_units(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether rewards are counted in the same deviations, but for another processor's rounding."""
+    ours, theirs = one.get("scales", {}), other.get("scales", {})
+    return all(math.isclose(ours[name]["sd"], theirs[name]["sd"], rel_tol=1e-3) for name in ours.keys() & theirs.keys())
 
 
 def champion_of(registry: Registry, name: str, alias: str = CHAMPION) -> BundleRecord | None:

@@ -24,7 +24,7 @@ RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # Prompts and seeds of each part.
-SIZES = {"main": (80, 2), "strength": (24, 2), "search": (16, 2), "gap": (16, 2)}
+SIZES = {"main": (32, 4), "strength": (24, 2), "search": (8, 4), "gap": (8, 4)}
 
 
 def sized(config: EvaluateConfig, prompts: int, seeds: int) -> EvaluateConfig:

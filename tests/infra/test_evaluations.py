@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from infra.errors import AliasMovedError, IntegrityError, RegistryError
-from infra.evaluations import PromotionError, check_promotion, evaluations_behind, evaluations_of
+from infra.evaluations import (
+    Evaluation,
+    PromotionError,
+    check_promotion,
+    comparable,
+    evaluations_behind,
+    evaluations_of,
+)
 from infra.kl_budget import kl_difference
 from infra.lineage import Node, lineage
 from infra.manifests import AdapterFacts, AdapterRecord, BundleRecord, Metric, Range
@@ -194,3 +201,17 @@ def test_an_adapter_of_unknown_training_is_a_newer_schema_and_others_stay_as_the
     )
     assert unknown.schema_version == 2
     assert registry.get_adapter("import") == unknown
+
+
+def test_only_evaluations_in_the_same_deviations_are_compared():
+    def counted(sd: float) -> Evaluation:
+        return Evaluation("a", "", {"facts": FACTS, "hypervolumes": [], "scales": {"bright": {"mean": 0.5, "sd": sd}}})
+
+    assert comparable(counted(0.1), counted(0.100001))
+    assert not comparable(counted(0.1), counted(0.11))
+
+
+def test_rivals_and_retrained_models_are_not_part_of_the_bundle():
+    fronts = [{"front": name, "hypervolume": 1.0} for name in ("base", "mpa", "mpa, any lambda", "oracle", "code_20_5")]
+    summary = {"facts": FACTS, "config": {"methods": ["mpa"]}, "hypervolumes": fronts}
+    assert set(Evaluation("a", "", summary).hypervolumes) == {"mpa", "mpa, any lambda"}

@@ -197,3 +197,16 @@ def test_numbers_are_short(value, digits, text):
 def test_undefined_numbers_are_dashes():
     assert number(float("nan")) == percent(float("nan")) == "–"
     assert percent(-0.124) == "−12 %"
+
+
+def test_known_deviations_of_the_base_are_the_unit_of_gains():
+    cells = plan_cells(CONFIG, BASIS)
+    frame = samples(cells)
+    own = analyse(frame, cells, BASIS, REWARDS, REWARDS, CONFIG)
+    known = analyse(frame, cells, BASIS, REWARDS, REWARDS, CONFIG, {"colour": 2 * own.scales["colour"].sd})
+    assert known.scales["colour"].sd == pytest.approx(2 * own.scales["colour"].sd)
+    assert known.scales["colour"].mean == own.scales["colour"].mean
+    assert known.scales["size"] == own.scales["size"]
+    alone = row_of(own, "adapter", warm=1.0), row_of(known, "adapter", warm=1.0)
+    assert alone[1]["weighted_gain"] == pytest.approx(alone[0]["weighted_gain"] / 2)
+    assert alone[1]["colour_gain"] == alone[0]["colour_gain"]

@@ -1,13 +1,14 @@
 """From scored samples to means, differences, shares, hypervolumes and what oracles reach, with bootstrap intervals.
 
 The unit of resampling is the prompt (its seeds are averaged first), and all statistics share the same draws,
-so that every difference is paired. Rewards are compared in standard deviations of the base model's samples; this
-scale and the reference point are fixed once from the base's samples and not resampled.
+so that every difference is paired. Rewards are compared in standard deviations of the base model's samples, as the
+adapters' training measured them (few seeds, which all prompts share, would say too little) or else as they are here;
+this scale and the reference point are fixed once and not resampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +75,13 @@ def analyse(
     objectives: Sequence[str],
     rewards: Sequence[str],
     config: EvaluateConfig,
+    known_sds: Mapping[str, float] | None = None,
 ) -> Analysis:
     """Summarise samples (columns cell, prompt_index, seed, rewards, rows, seconds, ...) cell by cell.
 
     decodes, gradients and memory_mb may be missing, then they are NaN; so may a judge's columns, then so are its means.
     """
-    scales = {name: _scale(frame.loc[frame["cell"] == 0, name]) for name in rewards}
+    scales = {name: _scale(frame.loc[frame["cell"] == 0, name], (known_sds or {}).get(name)) for name in rewards}
     weights = resample_weights(
         frame["prompt_index"].nunique(), config.resamples, np.random.default_rng(config.bootstrap_seed)
     )
@@ -114,8 +116,10 @@ def analyse(
     )
 
 
-def _scale(values: pd.Series) -> Scale:
+def _scale(values: pd.Series, known_sd: float | None) -> Scale:
     """Falls back to the reward's own unit where the base's samples all score the same."""
+    if known_sd is not None:
+        return Scale(float(values.mean()), known_sd)
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     return Scale(float(values.mean()), spread if spread > 0 else 1.0)
 

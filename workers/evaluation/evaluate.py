@@ -76,7 +76,8 @@ def evaluate(
         ledger.flush()
     frame = _frame(job, ledger)
     pictures = {place: _pixels(ledger, key) for place, key in pictured.items()}
-    analysis = analyse(frame, job.cells, job.basis, planned.objectives, list(job.rewards), planned.config)
+    known = {name: sd for name, (_, sd) in zip(job.objectives, job.scales, strict=True) if sd > 0}
+    analysis = analyse(frame, job.cells, job.basis, planned.objectives, list(job.rewards), planned.config, known)
     facts = _facts(planned, len(frame))
     files = write_files(Path(output_dir), planned.config, facts, frame, analysis, pictures, rows)
     return EvaluationResult(frame, analysis.summary, files, facts)
