@@ -23,7 +23,8 @@ COMPARISON = "comparison.json"
 def compare_stored(planned: Plan, directory: Path, store_url: str | None = None) -> dict[str, Any]:
     """Compare the evaluation in `directory` with the champion's in the store, write that there and return it.
 
-    The report in `directory` tells of it as well; the one in the store does not. Raises InfraError.
+    The report in `directory` tells of it as well; the stored one, of what was known when it was stored. Raises
+    InfraError.
     """
     summary = json.loads((directory / COMMIT).read_text(encoding="utf-8"))
     bundle = planned.job.bundle.record
