@@ -199,6 +199,7 @@ def test_the_report_needs_nothing_but_itself(report):
     page = Page(report)
     assert page.references
     assert all(reference.startswith(("data:image/", "#")) for reference in page.references)
+    assert len(report) < 2_000_000
     assert "url(" not in report
     assert "@import" not in report
 

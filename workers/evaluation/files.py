@@ -12,10 +12,16 @@ import pandas as pd
 
 from workers.evaluation.analysis import Analysis
 from workers.evaluation.config import EvaluateConfig
-from workers.evaluation.labels import cell_label
+from workers.evaluation.labels import cell_label, percent
 from workers.evaluation.pictures import Pixels, grid_png
-from workers.evaluation.plots import dial_png, pareto_png, shares_png
-from workers.evaluation.report import Chart, Facts, lede, render_report
+from workers.evaluation.plots import dial_png, shares_png
+from workers.evaluation.plots_cost import cost_png, reward_kl_png
+from workers.evaluation.plots_pareto import pareto_png
+from workers.evaluation.plots_retraining import dial_retraining_png, retraining_png
+from workers.evaluation.report import Facts, render_report
+from workers.evaluation.report_comparison import insert
+from workers.evaluation.report_pages import Chart
+from workers.evaluation.report_words import lede
 from workers.evaluation.style import DARK, LIGHT
 
 COMMIT = "summary.json"
@@ -23,8 +29,16 @@ REPORT = "report.html"
 SAMPLES = "samples.parquet"
 SUMMARY_TABLE = "summary.parquet"
 SCHEMA_VERSION = 1
-NAMES = (SAMPLES, SUMMARY_TABLE, "summary.csv", "pareto.png", "shares.png", "dial.png", "grid.png", REPORT, COMMIT)
-FIGURES = {"pareto": pareto_png, "shares": shares_png, "dial": dial_png}
+FIGURES = {
+    "pareto": pareto_png,
+    "shares": shares_png,
+    "dial": dial_png,
+    "retraining": retraining_png,
+    "dial_retraining": dial_retraining_png,
+    "cost": cost_png,
+    "reward_kl": reward_kl_png,
+}
+NAMES = (SAMPLES, SUMMARY_TABLE, "summary.csv", *(f"{name}.png" for name in FIGURES), "grid.png", REPORT, COMMIT)
 
 
 def write_files(
@@ -35,8 +49,12 @@ def write_files(
     analysis: Analysis,
     pictures: Mapping[tuple[int, int], Pixels],
     rows: Sequence[int],
+    comparison: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Tables, figures, image grid, report and summary; returns their paths in the order of writing."""
+    """Tables, figures, image grid, report and summary; returns their paths in the order of writing.
+
+    `comparison` with an earlier evaluation, if it is known by now, stands in the report; else see `tell_comparison`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
         (directory / name).unlink(missing_ok=True)
@@ -50,10 +68,23 @@ def write_files(
     for name, chart in charts.items():
         (directory / f"{name}.png").write_bytes(chart.light)
     (directory / "grid.png").write_bytes(grid_png(pictures, labels, shown))
-    (directory / REPORT).write_text(render_report(analysis, facts, charts, pictures, rows), encoding="utf-8")
+    report = render_report(analysis, facts, charts, pictures, rows, comparison)
+    (directory / REPORT).write_text(report, encoding="utf-8")
     summary = json.dumps(_summary(config, facts, analysis), indent=1, ensure_ascii=False)
     (directory / COMMIT).write_text(summary + "\n", encoding="utf-8")
     return files_in(directory)
+
+
+def tell_comparison(directory: Path, comparison: Mapping[str, Any]) -> None:
+    """Put the comparison with an earlier evaluation into the report of a finished one, in the place of any other.
+
+    A report from before there were comparisons is left as it is.
+    """
+    if not (directory / REPORT).is_file():
+        return
+    facts = json.loads((directory / COMMIT).read_text(encoding="utf-8"))["facts"]
+    page = (directory / REPORT).read_text(encoding="utf-8")
+    (directory / REPORT).write_text(insert(page, comparison, percent(facts["confidence"])), encoding="utf-8")
 
 
 def files_in(directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from workers.evaluation.grid import ADAPTER, BASE, Cell, equal_weights
+from workers.evaluation.grid import ADAPTER, BASE, ORACLE, Cell, equal_weights
 
 TILE, GAP, MARGIN, LABEL_WIDTH = 128, 6, 16, 236
 INK, PAPER, MUTED, LINE = "#1c2128", "#ffffff", "#626b76", "#d3d8de"
@@ -23,25 +23,47 @@ Pixels = NDArray[np.uint8]
 def pictured_cells(cells: Sequence[Cell]) -> list[int]:
     """Which cells to show, in the order of the rows: along the blend, then along lambda, then the other methods.
 
-    With three or more adapters only even mixes are shown: the grid has to stay readable.
+    With three or more adapters only even mixes are shown, and those with a retrained model, which follows its mix: the
+    grid has to stay readable. Other methods are shown at equal weights, or else where they were measured first.
     """
     count = len(cells[0].weights)
     alone = [index for index, cell in enumerate(cells) if cell.method == ADAPTER]
+    retrained = {
+        cell.weights: index for index, cell in enumerate(cells) if cell.method == ORACLE and cell.kl_lambda == 1
+    }
     mixes = [
         index
         for index, cell in enumerate(cells)
-        if cell.method == "mpa" and cell.kl_lambda == 1 and (count == 2 or _even(cell))
+        if cell.method == "mpa"
+        and cell.kl_lambda == 1
+        and (count == 2 or _even(cell) or _retrained(cell.weights, retrained) is not None)
     ]
     along = sorted(alone + mixes, key=lambda index: -cells[index].weights[0]) if count == 2 else alone + mixes
+    found = [(index, _retrained(cells[index].weights, retrained)) for index in along]
+    along = [index for pair in found for index in pair if index is not None]
     equal = equal_weights(count)
     dial = [index for index, cell in enumerate(cells) if cell.kl_lambda not in (0, 1) and _same(cell, equal, "mpa")]
     dial.sort(key=lambda index: cells[index].kl_lambda)
-    rivals = [
-        index
-        for index, cell in enumerate(cells)
-        if cell.method not in (BASE, ADAPTER, "mpa") and cell.kl_lambda == 1 and cell.weights == equal
-    ]
-    return [0, *along, *dial, *rivals]
+    return [0, *along, *dial, *_others(cells, equal)]
+
+
+def _others(cells: Sequence[Cell], equal: tuple[float, ...]) -> list[int]:
+    """One cell of each method but the blend: that at equal weights, if there is one."""
+    found: dict[str, int] = {}
+    for index, cell in enumerate(cells):
+        if cell.method in (BASE, ADAPTER, ORACLE, "mpa") or cell.kl_lambda != 1:
+            continue
+        if cell.method not in found or cell.weights == equal:
+            found[cell.method] = index
+    return list(found.values())
+
+
+def _retrained(weights: tuple[float, ...], retrained: Mapping[tuple[float, ...], int]) -> int | None:
+    """The retrained model for these weights, which may differ by rounding."""
+    for others, index in retrained.items():
+        if all(abs(one - other) < 1e-6 for one, other in zip(weights, others, strict=True)):
+            return index
+    return None
 
 
 def _even(cell: Cell) -> bool:
@@ -91,12 +113,16 @@ def grid_png(
 
 
 def data_uri(pixels: Pixels) -> str:
-    """A picture inside HTML, no larger than a thumbnail."""
+    """A picture inside HTML, no larger than a thumbnail: as PNG, or as a fine JPEG where that is smaller."""
     image = Image.fromarray(pixels)
     image.thumbnail((LARGEST_THUMBNAIL, LARGEST_THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return png_uri(buffer.getvalue())
+    exact, fine = io.BytesIO(), io.BytesIO()
+    image.save(exact, format="PNG", optimize=True)
+    # colours at full resolution: they are what is judged
+    image.save(fine, format="JPEG", quality=92, subsampling=0)
+    if fine.tell() < exact.tell():
+        return f"data:image/jpeg;base64,{base64.b64encode(fine.getvalue()).decode()}"
+    return png_uri(exact.getvalue())
 
 
 def png_uri(data: bytes) -> str:
