@@ -100,8 +100,9 @@ def test_scores_are_those_of_the_engine_asked_directly(result, planned, method, 
         assert row[name] == pytest.approx(float(load_reward(name)(image, [PROMPTS[1]])), abs=1e-3)
 
 
-def test_rows_are_what_each_method_costs(rivals_store_url, tmp_path):
-    config = CONFIG.model_copy(update={"path_kl": False, "prompts": PROMPTS[:1], "kl_lambdas": (0.5,)})
+@pytest.mark.parametrize("path_kl", [False, True])
+def test_rows_are_what_each_method_costs_whether_or_not_its_path_kl_is_measured(rivals_store_url, tmp_path, path_kl):
+    config = CONFIG.model_copy(update={"path_kl": path_kl, "prompts": PROMPTS[:1], "kl_lambdas": (0.5,)})
     frame = evaluate(prepare(config, rivals_store_url), tmp_path).frame
     one = 4 * 2  # steps x (with and without the prompt)
     for method, kl_lambda, warm, models in (
@@ -113,7 +114,7 @@ def test_rows_are_what_each_method_costs(rivals_store_url, tmp_path):
         ("soup", 1.0, 0.75, 1),
     ):
         assert set(rows_of(frame, method, kl_lambda, warm)["rows"]) == {models * one}
-    assert frame["path_kl"].isna().all()
+    assert frame["path_kl"].isna().all() != path_kl
 
 
 def test_path_kl_grows_with_lambda_from_zero(result):

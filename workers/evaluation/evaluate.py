@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from blend.plans import plan_rows
 from workers.evaluation.analysis import analyse
 from workers.evaluation.config import EvaluationError
 from workers.evaluation.dispatch import score_all
@@ -133,6 +134,7 @@ def _expected_rows(job: Job, item: Item) -> float:
 def _frame(job: Job, ledger: Ledger) -> pd.DataFrame:
     """One row per sample with what was asked for spelled out, in plan order whoever scored it first."""
     measured = [*MEASURED, *(VERDICTS if job.config.judge else ())]
+    surplus = [_measuring_rows(job, cell) for cell in range(len(job.cells))]
     records = []
     for cell, at, seed, _, key in _grid(job):
         asked, row = job.cells[cell], ledger.get(key) or {}
@@ -147,9 +149,21 @@ def _frame(job: Job, ledger: Ledger) -> pd.DataFrame:
                 "seed": seed,
                 **{name: row[score_column(job, name)] for name in job.rewards},
                 **{name: row.get(name, np.nan) for name in measured},
+                "rows": row["rows"] - surplus[cell],
             }
         )
     return pd.DataFrame(records).sort_values(["cell", "prompt_index", "seed"], ignore_index=True)
+
+
+def _measuring_rows(job: Job, cell: int) -> int:
+    """Rows of an image that only its path KL needs: no cost of the method."""
+    sample = job.sample(cell, "", 0)
+    names = [*job.basis, *(oracle.name for oracle in job.oracles.values())]
+    steps = sample.num_inference_steps
+    if not sample.measure_kl:
+        return 0
+    spent, needed = (plan_rows(sample, names, steps, measured=measured).rows_until(steps) for measured in (True, False))
+    return spent - needed
 
 
 def _pixels(ledger: Ledger, key: str) -> Pixels:
