@@ -43,7 +43,7 @@ def shares_png(analysis: Analysis, theme: Theme = LIGHT) -> bytes | None:
     labels = [preference_label(row, analysis.basis) for row in table.to_dict("records")]
     order = list(dict.fromkeys(labels))
     methods = list(dict.fromkeys(table["method"]))
-    figure = new_figure(theme, 7.6, 1.0 + max(0.3, 0.12 * len(methods)) * len(order))
+    figure = new_figure(theme, 7.6, 1.0 + max(0.46, 0.12 * len(methods)) * len(order))
     axes = figure.subplots()
     for rank, method in enumerate(methods):
         mine = table[table["method"] == method]

@@ -125,7 +125,7 @@ def _kl_panel(axes: Axes, table: pd.DataFrame, theme: Theme) -> None:
         axes.scatter(x, y, s=size, marker=marker(method), color=colour, zorder=3, label=method_label(method))
     axes.scatter(0, 0, s=42, color=theme.ink, zorder=4)
     axes.axhline(0, color=theme.muted, linewidth=0.9, zorder=1)
-    axes.set_xlabel("path KL from the base  (nats per latent element)")
+    axes.set_xlabel("path KL from the base  (nats)")
     axes.margins(0.12)
     quiet(axes, theme)
 
@@ -141,15 +141,21 @@ def _strengths(table: pd.DataFrame, theme: Theme) -> list[Label]:
     return [
         point_label("base", 0.0, 0.0, theme.ink, bold=True),
         *(
-            point_label(f"λ {row['kl_lambda']:g}", row["path_kl"], row["weighted_gain"], theme.muted)
+            Label(f"λ {row['kl_lambda']:g}", row["path_kl"], row["weighted_gain"], *_interval(row), theme.muted)
             for row in swept.to_dict("records")
         ),
     ]
 
 
+def _interval(row: dict) -> tuple[float, float]:
+    return row["weighted_gain_low"], row["weighted_gain_high"]
+
+
 def _occupied(table: pd.DataFrame) -> list[Point]:
-    """Where labels must not go: all points, and the lines through them."""
+    """Where labels must not go: all points, their intervals, and the lines through them."""
     points = list(zip(table["path_kl"], table["weighted_gain"], strict=True))
+    for row in table.to_dict("records"):
+        points += along([(row["path_kl"], end) for end in _interval(row)])
     for _, rows in table.groupby("method", sort=False):
         if _is_sweep(rows):
             points += along([(0.0, 0.0), *zip(rows["path_kl"], rows["weighted_gain"], strict=True)])

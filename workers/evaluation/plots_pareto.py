@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from workers.evaluation.analysis import Analysis
 from workers.evaluation.grid import ADAPTER, BASE, ORACLE, equal_weights
 from workers.evaluation.labels import method_label, preference_label
-from workers.evaluation.placing import Label, Point, place, point_label, settle
+from workers.evaluation.placing import Label, Point, along, place, point_label, settle
 from workers.evaluation.plots import BLENDS, mixes, sweeps
 from workers.evaluation.style import LIGHT, Theme, legend, marker, panels, png, quiet
 
@@ -42,9 +42,10 @@ def _panel(axes: Axes, analysis: Analysis, pair: tuple[int, int], theme: Theme) 
     ends = [f"w_{analysis.basis[index]}" for index in _ends(analysis, pair)]
     table = mixes(analysis)
     table = table[(table[ends] > 0).all(axis=1)]
+    lines: list[Point] = []
     for method in dict.fromkeys(table["method"]):
         if method in BLENDS:
-            _curve(axes, analysis, within, columns, method, pair, theme)
+            lines += _curve(axes, analysis, within, columns, method, pair, theme)
         _crosses(axes, table[table["method"] == method], columns, method, within, theme)
     oracles = analysis.summary[(analysis.summary["method"] == ORACLE) & (analysis.summary["kl_lambda"] == 1)]
     oracles = oracles[(oracles[ends] > 0).all(axis=1)]
@@ -58,7 +59,7 @@ def _panel(axes: Axes, analysis: Analysis, pair: tuple[int, int], theme: Theme) 
     axes.margins(0.16)
     quiet(axes, theme)
     points = pd.concat([table, oracles])
-    return labels, list(zip(points[columns[0]], points[columns[1]], strict=True))
+    return labels, [*lines, *zip(points[columns[0]], points[columns[1]], strict=True)]
 
 
 def _ends(analysis: Analysis, pair: tuple[int, int]) -> list[int]:
@@ -82,12 +83,16 @@ def _curve(
     method: str,
     pair: tuple[int, int],
     theme: Theme,
-) -> None:
-    """The method's mixes of the pair, from one adapter alone to the other."""
+) -> list[Point]:
+    """The method's mixes of the pair, from one adapter alone to the other; returns the points of the line."""
     line = within[(within["method"] == method) & (within["kl_lambda"] == 1)]
+    if line.empty:
+        return []
     line = pd.concat([line, within[within["method"] == ADAPTER]])
     line = line.sort_values(f"w_{analysis.basis[_ends(analysis, pair)[0]]}", ascending=False)
-    axes.plot(line[columns[0]], line[columns[1]], color=theme.colour(method), linewidth=1.4, alpha=0.75, zorder=2)
+    x, y = (line[name] for name in columns)
+    axes.plot(x, y, color=theme.colour(method), linewidth=1.4, alpha=0.75, zorder=2)
+    return along(list(zip(x, y, strict=True)))
 
 
 def _crosses(

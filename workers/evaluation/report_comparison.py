@@ -104,6 +104,7 @@ def _told(part: str, line: Line) -> str:
         return f"{kept}, {more}."
     change = abs(now["mean"] / then["mean"] - 1) if then["mean"] else float("nan")
     more = f"{percent(change)} {'more' if now['mean'] >= then['mean'] else 'less'}"
+    more = "nearly the same" if change < 0.005 else more
     return f"Reward space reached, {method_label(line['front'])}: {_whole(now)} after {_whole(then)}, {more}."
 
 
@@ -120,7 +121,10 @@ def _how_sure(lines: Sequence[tuple[str, Line]], kind: str, level: str) -> str:
     found = [line.get("verdict") for _, line in lines]
     total, better, worse = len(found), found.count("better"), found.count("worse")
     if kind == "alike":
-        return f"None of {count(total, 'figure', 'figures')} moved out of its old {level} interval: it may be chance."
+        figures = count(total, "figure", "figures")
+        return (
+            f"In none of {figures} do old and new mean lie outside of each other's {level} interval: it may be chance."
+        )
     tally = f"Of {count(total, 'figure', 'figures')} compared, {better} clearly better and {worse} clearly worse"
     return f"{tally}: there the old and the new mean lie outside of each other's {level} interval."
 
