@@ -9,26 +9,26 @@ ROW = {"key": "a" * 64, "rows": 40, "colour@1": 0.5, "company": "0 1", "path_kl"
 
 def test_rows_survive_the_process_and_empty_columns_stay_empty(tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.add([ROW, {"key": "b" * 64, "rows": 80}])
+    ledger.add([ROW, {"key": "b" * 64, "company": "0 1", "rows": 80}])
     ledger.flush()
     again = Ledger(tmp_path)
     assert len(again) == 2
-    assert again.get("a" * 64) == {name: value for name, value in ROW.items() if name != "path_kl"}
-    assert again.has("a" * 64, ["colour@1", "png"], {"company": "0 1"})
-    assert not again.has("a" * 64, ["colour@2"], {})
-    assert not again.has("a" * 64, ["rows"], {"company": "0 1 2"})
-    assert not again.has("b" * 64, ["colour@1"], {})
-    assert not again.has("c" * 64, [], {})
+    assert again.get("a" * 64, "0 1") == {name: value for name, value in ROW.items() if name != "path_kl"}
+    assert again.has("a" * 64, "0 1", ["colour@1", "png"])
+    assert not again.has("a" * 64, "0 1", ["colour@2"])
+    assert not again.has("a" * 64, "0 1 2", ["rows"])
+    assert not again.has("b" * 64, "0 1", ["colour@1"])
+    assert not again.has("c" * 64, "0 1", [])
 
 
 def test_a_later_row_adds_to_what_its_key_has(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.add([ROW])
     ledger.flush()
-    ledger.add([{"key": "a" * 64, "size@1": 2.0}])
+    ledger.add([{"key": "a" * 64, "company": "0 1", "size@1": 2.0}])
     ledger.flush()
     for one in (ledger, Ledger(tmp_path)):
-        assert one.has("a" * 64, ["colour@1", "size@1"], {})
+        assert one.has("a" * 64, "0 1", ["colour@1", "size@1"])
 
 
 def test_what_is_not_flushed_is_not_written_and_flushing_twice_is_once(tmp_path):
@@ -53,9 +53,9 @@ def test_another_machine_finds_the_parts_in_the_store(tmp_path):
     here.add([ROW])
     here.flush()
     there = Ledger(tmp_path / "there", store, "evaluations/x/samples")
-    assert there.has("a" * 64, ["png"], {})
+    assert there.has("a" * 64, "0 1", ["png"])
     # and what it adds comes back
-    there.add([{"key": "b" * 64, "rows": 1}])
+    there.add([{"key": "b" * 64, "company": "0 1", "rows": 1}])
     there.flush()
     assert len(Ledger(tmp_path / "here", store, "evaluations/x/samples")) == 2
 
@@ -81,3 +81,12 @@ def test_a_part_cut_short_is_dropped(tmp_path):
     part.write_bytes(part.read_bytes()[:-10])
     assert len(Ledger(tmp_path)) == 0
     assert not part.exists()
+
+
+def test_a_sample_measured_among_other_seeds_is_another_row(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add([ROW | {"diversity": 0.1}])
+    ledger.add([ROW | {"company": "0 1 2 3", "diversity": 0.2}])
+    ledger.flush()
+    again = Ledger(tmp_path)
+    assert [again.get("a" * 64, seeds)["diversity"] for seeds in ("0 1", "0 1 2 3")] == [0.1, 0.2]

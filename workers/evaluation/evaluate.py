@@ -76,7 +76,8 @@ def evaluate(
     finally:
         ledger.flush()
     frame = _frame(job, ledger)
-    pictures = {place: _pixels(ledger, key) for place, key in pictured.items()}
+    first = company(next(seed_blocks(job.config.seeds)))
+    pictures = {place: _pixels(ledger, key, first) for place, key in pictured.items()}
     known = {name: sd for name, (_, sd) in zip(job.objectives, job.scales, strict=True) if sd > 0}
     analysis = analyse(frame, job.cells, job.basis, planned.objectives, list(job.rewards), planned.config, known)
     facts = _facts(planned, len(frame))
@@ -100,7 +101,7 @@ def _missing(job: Job, ledger: Ledger, pictured: set[str]) -> set[str]:
     return {
         key
         for _, _, _, among, key in _grid(job)
-        if not ledger.has(key, [*needed, *(["png"] if key in pictured else [])], {"company": among})
+        if not ledger.has(key, among, [*needed, *(["png"] if key in pictured else [])])
     }
 
 
@@ -136,8 +137,8 @@ def _frame(job: Job, ledger: Ledger) -> pd.DataFrame:
     measured = [*MEASURED, *(VERDICTS if job.config.judge else ())]
     surplus = [_measuring_rows(job, cell) for cell in range(len(job.cells))]
     records = []
-    for cell, at, seed, _, key in _grid(job):
-        asked, row = job.cells[cell], ledger.get(key) or {}
+    for cell, at, seed, among, key in _grid(job):
+        asked, row = job.cells[cell], ledger.get(key, among) or {}
         records.append(
             {
                 "cell": cell,
@@ -166,9 +167,9 @@ def _measuring_rows(job: Job, cell: int) -> int:
     return spent - needed
 
 
-def _pixels(ledger: Ledger, key: str) -> Pixels:
+def _pixels(ledger: Ledger, key: str, among: str) -> Pixels:
     """The picture of a sample, uint8 [H, W, 3]."""
-    row = ledger.get(key) or {}
+    row = ledger.get(key, among) or {}
     return np.asarray(Image.open(io.BytesIO(row["png"])))
 
 

@@ -2,8 +2,9 @@
 
     evaluations/<bundle digest>/samples/<sha256>.parquet        in the store, create-only; the same names in the cache
 
-A row is one sample under its key (job.Job.key). Parts are written while an evaluation runs: one that is killed goes
-on with what they hold. A reward's column is called name@version, so that scores of different versions never meet.
+A row is one sample under its key (job.Job.key) in its company: the seeds that its diversity was measured among. Parts
+are written while an evaluation runs: one that is killed goes on with what they hold. A reward's column is called
+name@version, so that scores of different versions never meet.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from infra.storage import Store
 # A part is written this often, and later when the run has become long, so that parts stay few.
 FLUSH_S, FLUSH_SHARE = 20.0, 0.02
 Row = dict[str, Any]
+Place = tuple[str, str]  # key and company
 
 
 class Ledger:
@@ -33,7 +35,7 @@ class Ledger:
     def __init__(self, directory: Path | None = None, store: Store | None = None, prefix: str = "") -> None:
         """Read all parts: those of the directory, and those that only the store has. Raises InfraError."""
         self._directory, self._store, self._prefix = directory, store, prefix
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[Place, Row] = {}
         self._new: list[Row] = []
         self._unsent: list[Path] = []
         self._began = self._flushed = time.monotonic()
@@ -46,23 +48,18 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, key: str) -> Row | None:
-        """The row of a key, or None."""
-        return self._rows.get(key)
+    def get(self, key: str, company: str) -> Row | None:
+        """The row of a sample, or None."""
+        return self._rows.get((key, company))
 
-    def has(self, key: str, needed: Iterable[str], same: Mapping[str, Any]) -> bool:
-        """Whether there is a row with these columns filled and these values."""
-        row = self._rows.get(key)
-        if row is None or any(row.get(name) != value for name, value in same.items()):
-            return False
-        return all(row.get(name) is not None for name in needed)
+    def has(self, key: str, company: str, needed: Iterable[str]) -> bool:
+        """Whether there is a row with these columns filled."""
+        row = self._rows.get((key, company))
+        return row is not None and all(row.get(name) is not None for name in needed)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Take rows with a `key` each; what a key already has in other columns is kept."""
-        for row in rows:
-            merged = {**self._rows.get(row["key"], {}), **row}
-            self._rows[row["key"]] = merged
-            self._new.append(merged)
+        """Take rows with `key` and `company`; what a sample already has in other columns is kept."""
+        self._new += [self._merge(row) for row in rows]
         now = time.monotonic()
         if now - self._flushed > max(FLUSH_S, FLUSH_SHARE * (now - self._began)):
             with suppress(InfraError):  # the store's turn comes again; the part is on the disk
@@ -107,7 +104,12 @@ class Ledger:
         table = pd.read_parquet(BytesIO(data))
         for row in table.to_dict("records"):
             filled: Row = {str(name): value for name, value in row.items() if not _is_empty(value)}
-            self._rows[filled["key"]] = {**self._rows.get(filled["key"], {}), **filled}
+            self._merge(filled)
+
+    def _merge(self, row: Row) -> Row:
+        place = row["key"], row["company"]
+        self._rows[place] = {**self._rows.get(place, {}), **row}
+        return self._rows[place]
 
 
 def _is_empty(value: object) -> bool:
