@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import evaluated
+import pandas as pd
 import pytest
 from colours import contrast
 from matplotlib.collections import PathCollection
@@ -16,7 +17,7 @@ from workers.evaluation.plots import dial_png, shares_png
 from workers.evaluation.plots_cost import cost_png, reward_kl_png
 from workers.evaluation.plots_drift import drift_png
 from workers.evaluation.plots_pareto import pareto_png
-from workers.evaluation.plots_retraining import dial_retraining_png, retraining_png
+from workers.evaluation.plots_retraining import dial_retraining_png, measured_everywhere, retraining_png
 from workers.evaluation.style import DARK, LIGHT, family, marker, new_figure
 
 RIVALS = len(evaluated.METHODS) - 1  # all methods but the oracle
@@ -200,3 +201,8 @@ def test_every_method_has_a_marker_of_its_own():
     assert len(set(markers.values())) == len(markers)
     assert marker("best_of_16") == marker("best_of_4")
     assert [family(name) for name in ("code_4_5", "rgg_2.5", "mpa")] == ["code", "rgg", "mpa"]
+
+
+def test_a_method_measured_at_fewer_mixes_has_no_place_over_all():
+    rivals = pd.DataFrame({"method": ["mpa", "rgg_2", "oracle"], "preferences": [5, 1, 5]})
+    assert list(measured_everywhere(rivals)["method"]) == ["mpa", "oracle"]

@@ -12,6 +12,7 @@ from workers.evaluation.grid import ADAPTER, BASE, ORACLE
 from workers.evaluation.labels import method_label, preference_label
 from workers.evaluation.placing import Label, Point, along, place, point_label, settle
 from workers.evaluation.plots import BLENDS
+from workers.evaluation.plots_retraining import measured_everywhere
 from workers.evaluation.style import LIGHT, Theme, as_percent, legend, marker, new_figure, panels, png, quiet, title
 
 LOG_FROM = 5.0  # a wider range of costs than this is drawn on a logarithmic axis
@@ -46,7 +47,7 @@ def cost_png(analysis: Analysis, theme: Theme = LIGHT) -> bytes | None:
 def costs(analysis: Analysis) -> pd.DataFrame:
     """Per method: rows, share, low, high; of the oracle's gain where there are oracles, else of the adapters'."""
     if not analysis.rivals.empty:
-        name, table = "share_of_oracle", analysis.rivals
+        name, table = "share_of_oracle", measured_everywhere(analysis.rivals)
     else:
         name, table = "share", analysis.overall
         if not table.empty:

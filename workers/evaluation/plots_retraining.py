@@ -16,11 +16,15 @@ SHARE = "share_of_oracle"
 
 
 def retraining_png(analysis: Analysis, theme: Theme = LIGHT) -> bytes | None:
-    """Share of the oracle's gain that each method reaches, over all preferences and at each; None without oracles."""
-    overall = _ranked(analysis)
-    if overall.empty:
+    """Share of the oracle's gain that each method reaches, over all preferences and at each; None without oracles.
+
+    A method that was not measured at all of them has no place over all.
+    """
+    ranked = _ranked(analysis)
+    if ranked.empty:
         return None
-    order = list(overall["method"])
+    order = list(ranked["method"])
+    overall = measured_everywhere(ranked)
     found = _by_preference(analysis)
     if len(found) != 1:
         found = {f"all {len(found)} mixes" if found else "all mixes": overall} | found
@@ -65,6 +69,11 @@ def _ranked(analysis: Analysis) -> pd.DataFrame:
     table = analysis.rivals
     table = table[table["method"] != ORACLE].dropna(subset=[SHARE])
     return table.sort_values(SHARE, ascending=False, kind="stable")
+
+
+def measured_everywhere(rivals: pd.DataFrame) -> pd.DataFrame:
+    """The methods whose means are over the same mixes, all there are; another's says nothing beside them."""
+    return rivals[rivals["preferences"] == rivals["preferences"].max()]
 
 
 def _by_preference(analysis: Analysis) -> dict[str, pd.DataFrame]:
