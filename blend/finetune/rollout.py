@@ -19,6 +19,7 @@ from blend.finetune.config import TrainConfig
 from blend.finetune.errors import FinetuneError, StoppedError
 from blend.preference import Preference
 from blend.rewards import Reward, start_scoring
+from blend.rewards.weighted import WeightedReward
 
 DECODE_BATCH = 32
 POLL_SECONDS = 0.2  # between two looks at the wish to stop, while scores are waited for
@@ -117,11 +118,11 @@ class Sampler:
     def __init__(
         self, config: TrainConfig, engine: BlendEngine, reward: Reward, watched: Mapping[str, Reward] | None = None
     ) -> None:
-        """`watched` are rewards that evaluate() reports and nothing is trained on."""
+        """`watched` are rewards that evaluate() reports beside the trained one; those in a mix are reported too."""
         self.config = config
         self.engine = engine
         self.reward = reward
-        self.watched = dict(watched or {})
+        self.watched = {**(reward.rewards if isinstance(reward, WeightedReward) else {}), **(watched or {})}
         self.should_stop: Callable[[], bool] = lambda: False
         self._preference = Preference(weights={config.name: 1.0})
 
@@ -139,10 +140,15 @@ class Sampler:
 
     def evaluate(self, requests: Sequence[Request]) -> Scored:
         """Sample as it is served, with the path KL to the base measured in the same forwards."""
-        scoring = Scoring(self.engine, [self.reward, *self.watched.values()], requests, keep_images=True)
+        mix = self.reward if isinstance(self.reward, WeightedReward) else None
+        # a mix follows from the rewards in it, which are watched
+        trained = [] if mix else [self.reward]
+        scoring = Scoring(self.engine, [*trained, *self.watched.values()], requests, keep_images=True)
         outputs = self._sample(requests, scoring, guidance_scale=self.config.eval_guidance_scale, record=False)
-        rewards, *others = scoring.scores(self._refuse_to_go_on)
-        return Scored(tuple(requests), outputs, scoring.images, rewards, dict(zip(self.watched, others, strict=True)))
+        scores = scoring.scores(self._refuse_to_go_on)
+        watched = dict(zip(self.watched, scores[len(trained) :], strict=True))
+        rewards = mix.combine(watched) if mix else scores[0]
+        return Scored(tuple(requests), outputs, scoring.images, rewards, watched)
 
     def _sample(
         self,

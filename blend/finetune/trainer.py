@@ -67,8 +67,7 @@ class Trainer:
         # at their peak samples run the base beside the adapter: twice a tile's rows are a tile at the other steps
         engine = BlendEngine(model, self.bank, max_rows=2 * tile_rows, tile_rows=tile_rows)
         self.should_stop: Callable[[], bool] = lambda: False  # asked between engine steps and between micro-batches
-        components = reward.rewards if isinstance(reward, WeightedReward) else {}
-        self.sampler = Sampler(config, engine, reward, {**components, **(watched or {})})
+        self.sampler = Sampler(config, engine, reward, watched or {})
         self.sampler.should_stop = lambda: self.should_stop()
         if config.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -188,7 +187,7 @@ class Trainer:
             scored = self.sampler.evaluate(owned)
         watched = {name: self._gather_rewards(values, scored, self.held_out) for name, values in scored.watched.items()}
         if self.base is None and isinstance(self.sampler.reward, WeightedReward):
-            rewards = self._scale_mix(watched)
+            rewards = self._scale_mix(self.sampler.reward, watched)
         else:
             rewards = self._gather_rewards(scored.rewards, scored, self.held_out)
         elements = math.prod(self.model.latents_shape(self.model.default_height, self.model.default_width))
@@ -202,17 +201,14 @@ class Trainer:
             self.control.observe_held_out(metrics["held_out_path_kl"])
         return metrics
 
-    def _scale_mix(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Give a mix the base's scales, from the base's scores [N] by reward; returns its own scores of them."""
-        mix = self.sampler.reward
-        assert isinstance(mix, WeightedReward)
-        moments = {name: values[name] for name in mix.rewards}
+    def _scale_mix(self, mix: WeightedReward, values: Mapping[str, Tensor]) -> Tensor:
+        """Give the mix the base's scales, from the base's scores [N] by reward; returns its own scores of them."""
         self.scales = {
-            name: (value.mean().item(), max(value.std().item(), advantages.EPSILON)) for name, value in moments.items()
+            name: (values[name].mean().item(), max(values[name].std().item(), advantages.EPSILON))
+            for name in mix.rewards
         }
-        self.sampler.reward = mix.rescaled(self.scales)
-        terms = [mix.weights[name] * (values[name] - mean) / std for name, (mean, std) in self.scales.items()]
-        return torch.stack(terms).sum(0)
+        self.sampler.reward = scaled = mix.rescaled(self.scales)
+        return scaled.combine(values)
 
     def guard(self) -> Metrics:
         """Look at the latest evaluation in `history`: keep what is to be published, go back to it at the end.

@@ -32,8 +32,8 @@ class WeightedReward:
         if not any(weight > 0 for weight in weights.values()):
             raise RewardError(f"weights {dict(weights)} leave nothing to score: give at least one a positive value")
         self.weights = dict(weights)
-        self.rewards = {name: rewards[name] for name, weight in weights.items() if weight and name in rewards}
-        self._terms: list[tuple[Reward, float, float]] = []  # reward, factor, mean
+        self.rewards: dict[str, Reward] = {}  # of a weight above 0
+        self._terms: list[tuple[float, float]] = []  # factor and mean of each of them
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise RewardError(f"weights.{name} is {weight}: use a finite number >= 0")
@@ -47,27 +47,31 @@ class WeightedReward:
                 raise RewardError(
                     f"the scale of {name} is {(mean, sd)}: use a finite mean and a standard deviation > 0"
                 )
-            self._terms.append((rewards[name], weight / sd, mean))
-        bounds = [[factor * (r.range[side] - mean) for r, factor, mean in self._terms] for side in (0, 1)]
+            self.rewards[name] = rewards[name]
+            self._terms.append((weight / sd, mean))
+        terms = list(zip(self.rewards.values(), self._terms, strict=True))
+        bounds = [[factor * (reward.range[side] - mean) for reward, (factor, mean) in terms] for side in (0, 1)]
         self.range = (sum(bounds[0]), sum(bounds[1]))
         self.differentiable = not self.undifferentiable
 
     @property
     def undifferentiable(self) -> list[str]:
         """The names of the rewards in it that have no gradient."""
-        return [reward.name for reward, _, _ in self._terms if not reward.differentiable]
+        return [reward.name for reward in self.rewards.values() if not reward.differentiable]
 
     def rescaled(self, scales: Mapping[str, tuple[float, float]]) -> WeightedReward:
         """Return the same mix with other means and standard deviations."""
         return WeightedReward(self.rewards, self.weights, scales)
 
+    def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Return the mix [B] of its rewards' scores [B] by name."""
+        terms = zip(self.rewards, self._terms, strict=True)
+        return torch.stack([factor * (scores[name] - mean) for name, (factor, mean) in terms]).sum(0)
+
     def submit(self, images: Tensor, prompts: Sequence[str]) -> Callable[[], Tensor]:
         """Begin to score; the returned function waits for the scores [B]. They carry no gradient."""
-        waits = [(start_scoring(reward, images, prompts), factor, mean) for reward, factor, mean in self._terms]
-        return lambda: torch.stack([factor * (wait() - mean) for wait, factor, mean in waits]).sum(0)
+        waits = {name: start_scoring(reward, images, prompts) for name, reward in self.rewards.items()}
+        return lambda: self.combine({name: wait() for name, wait in waits.items()})
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        total = images.new_zeros(len(prompts))
-        for reward, factor, mean in self._terms:
-            total = total + factor * (reward(images, prompts).to(images.device) - mean)
-        return total
+        return self.combine({name: reward(images, prompts).to(images.device) for name, reward in self.rewards.items()})
