@@ -6,13 +6,14 @@ import pytest
 from blend.engine import Sample
 from blend.preference import Preference
 from blend.rewards import load_reward
+from blend.rewards.weighted import WeightedReward
 from infra.manifests import AdapterFacts, Metric
 from infra.registry import Registry
 from infra.storage import open_store
 from workers.bundles import load_engine
 from workers.evaluation import EvaluateConfig, EvaluationError, evaluate
 from workers.evaluation.ledger import Ledger
-from workers.evaluation.rivals import parse_rival, weighted_reward
+from workers.evaluation.rivals import parse_rival
 from workers.evaluation.storing import prepare, ready
 
 PROMPTS = ("A red colored car.", "A blue colored cup.", "A green colored fish.")
@@ -135,7 +136,7 @@ def test_the_best_of_four_is_no_worse_than_the_first_of_them(result, planned):
     base, best = cell_of(result.frame, "base", 0.0, 0.0), cell_of(result.frame, "best_of_4")
     names = {"warm": "colourfulness", "small": "compressibility"}
     weights = dict.fromkeys(names, 0.5)
-    reward = weighted_reward(
+    reward = WeightedReward(
         {one: load_reward(name) for one, name in names.items()}, weights, dict.fromkeys(names, (0.5, 0.25))
     )
     score = sum(0.5 * best[name] for name in names.values()) - sum(0.5 * base[name] for name in names.values())

@@ -95,7 +95,7 @@ def test_oracles_and_rivals_come_back_as_they_were_found(result, planned, tmp_pa
     job = planned.job
     cells = [replace(cell, method=ORACLE) if cell.method == "soup" else cell for cell in job.cells]
     frame = result.frame.replace({"method": {"soup": ORACLE}})
-    analysis = analyse(frame, cells, job.basis, planned.objectives, job.rewards, planned.config)
+    analysis = analyse(frame, cells, job.basis, job.objectives, job.rewards, planned.config)
     pixels = np.zeros((8, 8, 3), np.uint8)
     write_files(tmp_path, planned.config, result.facts, frame, analysis, {(0, 0): pixels}, [0])
     for table, expected in (("oracles", analysis.oracles), ("rivals", analysis.rivals)):

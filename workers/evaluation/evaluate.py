@@ -79,7 +79,7 @@ def evaluate(
     first = company(next(seed_blocks(job.config.seeds)))
     pictures = {place: _pixels(ledger, key, first) for place, key in pictured.items()}
     known = {name: sd for name, (_, sd) in zip(job.objectives, job.scales, strict=True) if sd > 0}
-    analysis = analyse(frame, job.cells, job.basis, planned.objectives, list(job.rewards), planned.config, known)
+    analysis = analyse(frame, job.cells, job.basis, job.objectives, list(job.rewards), planned.config, known)
     facts = _facts(planned, len(frame))
     files = write_files(Path(output_dir), planned.config, facts, frame, analysis, pictures, rows)
     return EvaluationResult(frame, analysis.summary, files, facts)
@@ -182,8 +182,8 @@ def _facts(planned: Plan, samples: int) -> Facts:
         bundle_digest=record.digest,
         digest=planned.digest,
         base=f"{record.base.source} (hash {record.base.sha256[:12]})",
-        adapters=dict(zip(job.basis, planned.objectives, strict=True)),
-        rewards=planned.versions,
+        adapters=dict(zip(job.basis, job.objectives, strict=True)),
+        rewards=job.rewards,
         prompts=job.prompts,
         seeds=config.seeds,
         steps=config.num_inference_steps or 0,

@@ -16,7 +16,7 @@ from infra.manifests import canonical
 from workers.bundles import LoadedBundle
 from workers.evaluation.config import EvaluateConfig
 from workers.evaluation.grid import ORACLE, Cell
-from workers.evaluation.rivals import Rival, composed, is_rival, parse_rival
+from workers.evaluation.rivals import Rival, composed, rival_of
 
 # Diversity is measured among so many seeds of a prompt, so that seeds that are added later leave the others' be.
 SEED_BLOCK = 4
@@ -62,8 +62,7 @@ class Job:
 
     def rival(self, cell: int) -> Rival | None:
         """The rival that a cell measures; None for the engine's own methods and the oracles."""
-        method = self.cells[cell].method
-        return parse_rival(method) if is_rival(method) else None
+        return rival_of(self.cells[cell].method)
 
     def weights(self, cell: int) -> dict[str, float]:
         """Adapter -> weight of a cell, those of weight 0 left out."""

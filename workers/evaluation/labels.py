@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from workers.evaluation.analysis import ADAPTERS_ALONE
 from workers.evaluation.grid import ADAPTER, BASE, ORACLE
+from workers.evaluation.rivals import rival_of
 
 METHODS = {
     BASE: "Base model",
@@ -34,31 +34,24 @@ EXPLANATIONS = {
     "switch": "Takes the adapters in turn, step by step; it has no weights. The cost of a single model.",
     "composite": "Averages the adapters' predictions evenly at every step; it has no weights. Costs all adapters.",
 }
-_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-# Methods with numbers in their names: pattern, label and explanation of those numbers.
-FAMILIES = (
-    (
-        re.compile(r"best_of_(\d+)"),
-        "Best of {0}",
-        "Draws {0} images and keeps the one that scores best. The cost of {0} models.",
+# Rivals with numbers in their names: label and explanation of those numbers.
+FAMILIES = {
+    "best_of": ("Best of {0:g}", "Draws {0:g} images and keeps the one that scores best. The cost of {0:g} models."),
+    "code": (
+        "CoDe (N = {0:g}, block {1:g})",
+        "Draws {0:g} candidates every {1:g} steps and goes on with the one that scores best. The cost of {0:g} models.",
     ),
-    (
-        re.compile(r"code_(\d+)_(\d+)"),
-        "CoDe (N = {0}, block {1})",
-        "Draws {0} candidates every {1} steps and goes on with the one that scores best. The cost of {0} models.",
+    "rgg": (
+        "Reward guidance (RGG, scale {0:g})",
+        "Pushes every step along the rewards' gradient, {0:g} times. A model's cost, and a backward pass at each step.",
     ),
-    (
-        re.compile(f"rgg_{_NUMBER}"),
-        "Reward guidance (RGG, scale {0})",
-        "Pushes every step along the rewards' gradient, {0} times. A model's cost, and a backward pass at each step.",
-    ),
-)
+}
 
 
 def method_label(method: str) -> str:
     """A method's or front's name, also `mpa, any lambda`."""
     name, _, rest = method.partition(", ")
-    label = METHODS.get(name) or _of_family(name, 1) or name
+    label = METHODS.get(name) or _of_family(name, 0) or name
     return f"{label}, any λ" if rest == "any lambda" else label
 
 
@@ -66,14 +59,12 @@ def explanation(method: str) -> str:
     """What a method or front does and costs, in a sentence or two; nothing for one that is unknown."""
     if method.endswith(", any lambda"):
         return "With λ as a second dial."
-    return EXPLANATIONS.get(method) or _of_family(method, 2)
+    return EXPLANATIONS.get(method) or _of_family(method, 1)
 
 
 def _of_family(method: str, part: int) -> str:
-    for family in FAMILIES:
-        if found := family[0].fullmatch(method):
-            return str(family[part]).format(*found.groups())
-    return ""
+    rival = rival_of(method)
+    return FAMILIES[rival.kind][part].format(*rival.numbers) if rival and rival.kind in FAMILIES else ""
 
 
 def preference_label(row: Mapping[str, Any], basis: Sequence[str]) -> str:

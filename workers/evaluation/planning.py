@@ -15,7 +15,7 @@ from workers.evaluation.config import EvaluateConfig, EvaluationError
 from workers.evaluation.grid import Cell, plan_cells
 from workers.evaluation.job import Job, OracleAdapter
 from workers.evaluation.retraining import plan_oracles
-from workers.evaluation.rivals import is_rival, parse_rival
+from workers.evaluation.rivals import rival_of
 from workers.evaluation.verdicts import COLUMNS as VERDICTS
 
 # What changes how the work is done, but not its result.
@@ -37,8 +37,6 @@ class Plan:
 
     config: EvaluateConfig
     job: Job
-    objectives: tuple[str, ...]
-    versions: dict[str, str]
     digest: str
     oracle_runs: dict[Cell, TrainConfig] = field(default_factory=dict)
 
@@ -84,12 +82,12 @@ def plan(config: EvaluateConfig, bundle: LoadedBundle, adapter_rewards: Mapping[
     digest = hashlib.sha256(canonical(identity)).hexdigest()
     scales = _scales(config, bundle, cells)
     job = Job(config, bundle, basis, objectives, scales, tuple(cells), tuple(config.prompts), versions)
-    return Plan(config, job, objectives, versions, digest, oracle_runs)
+    return Plan(config, job, digest, oracle_runs)
 
 
 def _without_gradientless(cells: Sequence[Cell], objectives: Sequence[str]) -> list[Cell]:
     """Leave out guidance by rewards that have no gradient; EvaluationError where that is all of it."""
-    guided = [cell for cell in cells if is_rival(cell.method) and parse_rival(cell.method).needs_gradients]
+    guided = [cell for cell in cells if (rival := rival_of(cell.method)) and rival.needs_gradients]
     flat = {name for name in objectives if not load_reward(name).differentiable}
     lost = {cell for cell in guided if any(objectives[place] in flat for place in cell.active)}
     if guided and len(lost) == len(guided):
@@ -103,7 +101,7 @@ def _without_gradientless(cells: Sequence[Cell], objectives: Sequence[str]) -> l
 
 def _scales(config: EvaluateConfig, bundle: LoadedBundle, cells: Sequence[Cell]) -> tuple[tuple[float, float], ...]:
     """Mean and standard deviation of each adapter's reward under the base, as its training measured them."""
-    needed = any(is_rival(cell.method) and parse_rival(cell.method).searches for cell in cells)
+    needed = any((rival := rival_of(cell.method)) and rival.searches for cell in cells)
     scales = []
     for name, record in bundle.adapter_records.items():
         measured = [record.metrics.get(key) for key in ("base_reward", "base_std")]

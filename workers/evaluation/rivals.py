@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blend.baselines import best_of_n, blockwise, composite, reward_guided, switch
 from blend.baselines.found import Found
 from blend.engine import BlendEngine, Sample
 from blend.rewards import Reward
-from blend.rewards.weighted import WeightedReward
 
 # Names with what they mean; N, B and S stand for numbers.
 FORMS = {
@@ -56,18 +55,21 @@ class Rival:
         return 1.0 + BACKWARD * self.needs_gradients
 
 
+def rival_of(method: str) -> Rival | None:
+    """The rival of that name; None for what is no rival's, such as the engine's own methods."""
+    for kind, pattern in _PATTERNS.items():
+        if found := pattern.fullmatch(method):
+            return Rival(kind, tuple(float(number) for number in found.groups()))
+    return None
+
+
 def parse_rival(name: str) -> Rival:
     """Read a rival's name. ValueError says which there are."""
-    for kind, pattern in _PATTERNS.items():
-        if found := pattern.fullmatch(name):
-            return Rival(kind, tuple(float(number) for number in found.groups()))
-    forms = ", ".join(f"{form} ({meaning})" for form, meaning in FORMS.items())
-    raise ValueError(f"unknown rival {name!r}; choose from {forms}, with whole numbers N and B from 1")
-
-
-def is_rival(method: str) -> bool:
-    """Whether a cell's method is a rival's name."""
-    return any(pattern.fullmatch(method) for pattern in _PATTERNS.values())
+    rival = rival_of(name)
+    if rival is None:
+        forms = ", ".join(f"{form} ({meaning})" for form, meaning in FORMS.items())
+        raise ValueError(f"unknown rival {name!r}; choose from {forms}, with whole numbers N and B from 1")
+    return rival
 
 
 def composed(rival: Rival, sample: Sample, adapters: Sequence[str]) -> Sample:
@@ -83,10 +85,3 @@ def search(rival: Rival, engine: BlendEngine, samples: Sequence[Sample], reward:
     if rival.kind == "code":
         return blockwise(engine, samples, reward, n=int(numbers[0]), block=int(numbers[1]))
     return reward_guided(engine, samples, reward, scale=numbers[0], normalise=True)
-
-
-def weighted_reward(
-    rewards: Mapping[str, Reward], weights: Mapping[str, float], scales: Mapping[str, tuple[float, float]]
-) -> WeightedReward:
-    """What searching rivals maximise: the preference over rewards in the base's deviations."""
-    return WeightedReward(rewards, {name: weight for name, weight in weights.items() if weight}, scales)

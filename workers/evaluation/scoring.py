@@ -21,11 +21,12 @@ from PIL import Image
 from blend.engine import BlendEngine, Sample
 from blend.metrics import diversity
 from blend.rewards import MovableReward, Reward, RewardError, load_reward, start_scoring
+from blend.rewards.weighted import WeightedReward
 from workers.bundles import load_engine
 from workers.evaluation.config import EvaluationError
 from workers.evaluation.job import Item, Job
 from workers.evaluation.memory import PeakMemory
-from workers.evaluation.rivals import Rival, search, weighted_reward
+from workers.evaluation.rivals import Rival, search
 from workers.evaluation.verdicts import judge_images
 
 Record = dict[str, Any]
@@ -151,7 +152,7 @@ class Scorer:
         # no gradient comes back from a reward that is computed elsewhere
         get = self._load if rival.needs_gradients else self._reward
         named = dict(zip(job.basis, job.objectives, strict=True))
-        reward = weighted_reward(
+        reward = WeightedReward(
             {name: get(named[name]) for name in weights}, weights, dict(zip(job.basis, job.scales, strict=True))
         )
         try:

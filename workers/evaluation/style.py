@@ -6,13 +6,14 @@ Colours are Okabe and Ito's; every method also has a marker of its own, so nothi
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from workers.evaluation.rivals import rival_of
 
 DPI = 200
 COLUMNS = 3
@@ -95,7 +96,8 @@ DARK = Theme(
 
 def family(method: str) -> str:
     """The method without its numbers: `best_of_4` is of the family `best_of`."""
-    return re.sub(r"(_\d+(\.\d+)?)+$", "", method)
+    rival = rival_of(method)
+    return rival.kind if rival else method
 
 
 def marker(method: str) -> str:
