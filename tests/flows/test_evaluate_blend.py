@@ -6,23 +6,13 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from tiny_evaluation import RUN
 
 from flows.cli import main
 from flows.evaluate_blend import evaluate_blend
 from infra.errors import IntegrityError
 from infra.storage import open_store
 from workers.evaluation import EvaluationError
-
-RUN = {
-    "bundle": "rivals@1",
-    "prompts": ["A red colored car.", "A blue colored cup."],
-    "seeds": 2,
-    "methods": ["mpa"],
-    "pair_weights": [],
-    "num_inference_steps": 2,
-    "num_workers": 0,
-    "resamples": 100,
-}
 
 
 @pytest.fixture(scope="module")

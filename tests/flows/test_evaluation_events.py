@@ -6,23 +6,13 @@ from pathlib import Path
 
 import pytest
 from prefect_events import wait_for_event
+from tiny_evaluation import RUN
 
 from infra.manifests import BundleDefaults
 from infra.registry import Registry
 from infra.storage import open_store
 
 pytestmark = pytest.mark.slow
-
-RUN = {
-    "bundle": "rivals@1",
-    "prompts": ["A red colored car.", "A blue colored cup."],
-    "seeds": 2,
-    "methods": ["mpa"],
-    "pair_weights": [],
-    "num_inference_steps": 2,
-    "num_workers": 0,
-    "resamples": 100,
-}
 
 
 @pytest.fixture(scope="module")

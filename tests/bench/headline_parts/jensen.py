@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 from figures import RESULTS
+from headline_parts.tables import mix
 
 from blend.preference import Preference
 from workers.evaluation import EvaluateConfig
@@ -21,22 +22,20 @@ def measure_jensen(config: EvaluateConfig, prompts: int, seeds: int) -> dict[str
     planned = ready(prepare(config))
     job = planned.job
     engine = open_engine(job, "cpu")
-    cells = list(job.oracles)
-    pairs = []
-    for cell in cells:
-        weights = {name: weight for name, weight in zip(job.basis, cell.weights, strict=True) if weight}
-        blend = Preference.parse(weights, kl_lambda=cell.kl_lambda, method="mpa", basis=job.basis)
-        pairs.append((blend, Preference(weights={job.oracles[cell].name: 1.0})))
+    places = [place for place, cell in enumerate(job.cells) if cell in job.oracles]
+    pairs = [
+        (job.cells[place].preference(job.basis), Preference(weights={job.oracles[job.cells[place]].name: 1.0}))
+        for place in places
+    ]
     table = gap_table(engine, job.prompts[:prompts], range(seeds), pairs)
     (RESULTS / "headline_gap.png").write_bytes(gap_png(table))
-    labels = [_label(dict(zip(job.basis, cell.weights, strict=True)), cell.kl_lambda) for cell in cells]
+    labels = [_label(job.weights(place), job.cells[place].kl_lambda) for place in places]
     found = {label: _figures(table[table["pair"] == place]) for place, label in enumerate(labels)}
     return {"jensen_gap": {"prompts": prompts, "seeds": seeds, **found, "predicts": _predicts(found)}}
 
 
 def _label(weights: dict[str, float], kl_lambda: float) -> str:
-    mix = " ".join(f"{name} {weight:.2g}" for name, weight in weights.items() if weight)
-    return mix if kl_lambda == 1 else f"{mix} lambda {kl_lambda:g}"
+    return mix(weights) if kl_lambda == 1 else f"{mix(weights)} lambda {kl_lambda:g}"
 
 
 def _figures(rows: pd.DataFrame) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a finished evaluation to the figures of the headline."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,12 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
 
 def preference(row: Row, basis: Sequence[str]) -> str:
     """A mix in a few characters: `colourfulness .5 compressibility .5`."""
-    weights = {name: row[f"w_{name}"] for name in basis if row[f"w_{name}"]}
-    return " ".join(f"{name} {weight:.2g}" for name, weight in weights.items())
+    return mix({name: row[f"w_{name}"] for name in basis})
+
+
+def mix(weights: Mapping[str, float]) -> str:
+    """The same of weights by adapter; both parts of the benchmark go by these names."""
+    return " ".join(f"{name} {weight:.2g}" for name, weight in weights.items() if weight)
 
 
 def _span(row: Row, name: str) -> Span:
