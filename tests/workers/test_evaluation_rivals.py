@@ -127,6 +127,20 @@ def test_oracles_are_trained_once(planned, config, store_url):
     assert again.digest == planned.digest
 
 
+def test_other_settings_of_a_training_are_other_oracles_of_the_same_preferences(planned, config, store_url):
+    other = prepare(config.model_copy(update={"oracle_settings": {"seed": 1, "kl_target": 40.0}}), store_url)
+    assert other.job.cells == planned.job.cells
+    assert other.digest != planned.digest
+    for cell, run in other.oracle_runs.items():
+        assert run.name != planned.oracle_runs[cell].name
+        assert run.seed == 1
+        assert run.model_copy(update={"seed": 0, "kl_target": None, "name": ""}).training_facts() == (
+            planned.oracle_runs[cell].model_copy(update={"kl_target": None, "name": ""}).training_facts()
+        )
+    # at another strength its own path KL counts, where the adapter's manifest states one
+    assert {cell.kl_lambda: run.kl_target for cell, run in other.oracle_runs.items()} == {1.0: 40.0, 0.5: 10.0}
+
+
 def test_oracles_that_are_not_trained_are_named(config, store_url, tmp_path):
     with pytest.raises(EvaluationError, match=r"oracle-.* is not trained"):
         evaluate(prepare(config, store_url), tmp_path)
@@ -198,6 +212,7 @@ def test_another_evaluation_makes_only_what_is_new(planned, config, store_url, t
         ({"rivals": ("best_of_0",)}, "best_of_N"),
         ({"rivals": ("codes",)}, "unknown rival 'codes'"),
         ({"oracle_lambdas": {"small": (1.0,)}}, "adapter itself"),
+        ({"oracle_settings": {"reward": "brightness"}}, "oracle_settings.*reward is that of each oracle"),
     ],
 )
 def test_wrong_settings_are_named(values, words):
@@ -213,6 +228,7 @@ def test_wrong_settings_are_named(values, words):
         ({"oracle_lambdas": {"gone": (0.5,)}}, "unknown adapter 'gone'"),
         ({"oracle_run": None}, "oracle_run"),
         ({"oracle_run": "nowhere.toml"}, "oracle_run"),
+        ({"oracle_settings": {"seeds": 1}}, "oracle_settings: .*seeds"),
         ({"rivals": ("rgg_2",)}, "needs gradients"),
     ],
 )

@@ -13,6 +13,8 @@ from blend.rewards import require_known
 from workers.evaluation.rivals import parse_rival
 
 SPRITES_TEST = "sprites-test"
+# Settings of a training that an oracle's preference and bundle decide.
+FILLED_IN = {"name", "base_model", "reward", "kl_weight"}
 
 
 class EvaluationError(ValueError):
@@ -84,6 +86,8 @@ class EvaluateConfig(BaseModel):
     # Run file that oracles are trained by: name, reward, base and kl_weight are filled in. Needed for those that the
     # registry does not have yet.
     oracle_run: str | None = None
+    # Its settings to train by other values of, e.g. { seed = 1 } for how far retraining itself varies.
+    oracle_settings: dict[str, Any] = {}
     # Ask the sprites judge whether colours and objects are those of the prompt. It is nobody's reward.
     judge: bool = False
     # Sampler steps and guidance; None: the bundle's own defaults.
@@ -132,6 +136,13 @@ class EvaluateConfig(BaseModel):
     def _positive(cls, value: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
         if any(not 0 < strength <= 10 or strength == 1 for strengths in value.values() for strength in strengths):
             raise ValueError("strengths must lie in (0, 10] and not be 1, which is the adapter itself")
+        return value
+
+    @field_validator("oracle_settings")
+    @classmethod
+    def _not_filled_in(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(FILLED_IN & value.keys()):
+            raise ValueError(f"{taken[0]} is that of each oracle: give other settings of a training")
         return value
 
     @field_validator("rewards")

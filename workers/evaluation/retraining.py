@@ -31,13 +31,25 @@ def plan_oracles(
     asked = [cell for cell in cells if cell.method == ORACLE]
     if not asked:
         return {}
-    if config.oracle_run is None:
-        raise EvaluationError("oracle_run: oracles need the run file that they are trained by", "oracle_run")
+    template = _template(config)
     try:
-        template = TrainConfig.from_toml(config.oracle_run)
         return {cell: _training(template, bundle, cell, objectives) for cell in asked}
     except ConfigError as error:
         raise EvaluationError(f"oracle_run: {error}", "oracle_run") from error
+
+
+def _template(config: EvaluateConfig) -> TrainConfig:
+    """What every oracle is trained by, but for what its preference decides."""
+    if config.oracle_run is None:
+        raise EvaluationError("oracle_run: oracles need the run file that they are trained by", "oracle_run")
+    try:
+        run = TrainConfig.from_toml(config.oracle_run)
+    except ConfigError as error:
+        raise EvaluationError(f"oracle_run: {error}", "oracle_run") from error
+    try:
+        return TrainConfig.parse(run.model_dump() | config.oracle_settings, source="oracle_settings")
+    except ConfigError as error:
+        raise EvaluationError(str(error), "oracle_settings") from error
 
 
 def _training(template: TrainConfig, bundle: LoadedBundle, cell: Cell, objectives: Sequence[str]) -> TrainConfig:
