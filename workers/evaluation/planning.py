@@ -19,7 +19,10 @@ from workers.evaluation.rivals import rival_of
 from workers.evaluation.verdicts import COLUMNS as VERDICTS
 
 # What changes how the work is done, but not its result.
-PLACEMENT = {"bundle", "oracle_run", "oracle_settings", "num_workers", "gpus_per_worker", "reward_actors", "reward_gpus"}
+PLACEMENT = {
+    *("bundle", "oracle_run", "oracle_settings"),  # their digests do
+    *("num_workers", "gpus_per_worker", "reward_actors", "reward_gpus"),
+}
 # Columns that are there whatever is evaluated.
 COLUMNS = {
     *("cell", "method", "kl_lambda", "prompt", "prompt_index", "seed", "diversity", "rows", "path_kl", "seconds"),
