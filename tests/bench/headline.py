@@ -13,22 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluations import run, sized
 from figures import RESULTS, write_figures
 from headline_parts.jensen import measure_jensen
 from headline_parts.tables import read_evaluation, read_strength
 
-from workers.evaluation import EvaluateConfig, evaluate
-from workers.evaluation.storing import is_complete, open_ledger, prepare, ready, run_directory
+from workers.evaluation import EvaluateConfig
 
 RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # Prompts and seeds of each part.
 SIZES = {"main": (32, 4), "strength": (24, 2), "search": (8, 4), "gap": (8, 4)}
-
-
-def sized(config: EvaluateConfig, prompts: int, seeds: int) -> EvaluateConfig:
-    return config.model_copy(update={"num_prompts": prompts, "seeds": tuple(range(seeds))})
 
 
 def narrowed(config: EvaluateConfig) -> EvaluateConfig:
@@ -57,16 +53,6 @@ def dialled(config: EvaluateConfig) -> EvaluateConfig:
             "path_kl": True,
         }
     )
-
-
-def run(config: EvaluateConfig) -> Path:
-    """The directory of the finished evaluation."""
-    planned = ready(prepare(config))
-    directory = run_directory(planned)
-    if not is_complete(planned, directory):
-        evaluate(planned, directory, ledger=open_ledger(planned, None))
-    print(f"{len(planned.job.cells)} settings in {directory}")
-    return directory
 
 
 def measure_main(config: EvaluateConfig) -> dict[str, Any]:

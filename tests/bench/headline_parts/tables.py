@@ -6,8 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from evaluations import Span, span
+
 Row = dict[str, Any]
-Span = dict[str, float]
 
 
 def read_evaluation(directory: Path) -> dict[str, Any]:
@@ -22,10 +23,10 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
         "share_of_oracle": _shares(plain, summary["rivals"], basis),
         "weighted_gain": _by_preference(plain, "weighted_gain", basis),
         "difference_to_mpa": {
-            row["method"]: _span(row, "difference") for row in summary["rivals"] if row["method"] != "mpa"
+            row["method"]: span(row, "difference") for row in summary["rivals"] if row["method"] != "mpa"
         },
-        "hypervolume": {row["front"]: _span(row, "hypervolume") for row in summary["hypervolumes"]},
-        "igd": {row["front"]: _span(row, "igd") for row in summary["hypervolumes"]},
+        "hypervolume": {row["front"]: span(row, "hypervolume") for row in summary["hypervolumes"]},
+        "igd": {row["front"]: span(row, "igd") for row in summary["hypervolumes"]},
         **{
             f"{name}_per_image": {row["method"]: row[name] for row in summary["rivals"]}
             for name in ("rows", "decodes", "gradients", "seconds")
@@ -47,21 +48,17 @@ def mix(weights: Mapping[str, float]) -> str:
     return " ".join(f"{name} {weight:.2g}" for name, weight in weights.items() if weight)
 
 
-def _span(row: Row, name: str) -> Span:
-    return {"mean": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
-
-
 def _by_preference(rows: Sequence[Row], name: str, basis: Sequence[str]) -> dict[str, dict[str, Span]]:
     found: dict[str, dict[str, Span]] = {}
     for row in rows:
-        found.setdefault(row["method"], {})[preference(row, basis)] = _span(row, name)
+        found.setdefault(row["method"], {})[preference(row, basis)] = span(row, name)
     return found
 
 
 def _shares(rows: Sequence[Row], rivals: Sequence[Row], basis: Sequence[str]) -> dict[str, dict[str, Span]]:
     shares = _by_preference(rows, "share_of_oracle", basis)
     for row in rivals:
-        shares.setdefault(row["method"], {})["all"] = _span(row, "share_of_oracle")
+        shares.setdefault(row["method"], {})["all"] = span(row, "share_of_oracle")
     return shares
 
 
@@ -69,10 +66,10 @@ def _strengths(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """lambda -> DB-KLA's gain and that of the model retrained at alpha / lambda, and how they differ."""
     return {
         f"{row['kl_lambda']:g}": {
-            "gain": _span(row, "weighted_gain"),
+            "gain": span(row, "weighted_gain"),
             "retrained_gain": row["oracle_gain"],
-            "share": _span(row, "share_of_oracle"),
-            "gap": _span(row, "gap"),
+            "share": span(row, "share_of_oracle"),
+            "gap": span(row, "gap"),
         }
         for row in rows
         if row["kl_lambda"] != 1 and row["method"] == "mpa"
@@ -99,7 +96,7 @@ def read_strength(directory: Path) -> dict[str, Any]:
 
 
 def _point(row: Row) -> dict[str, Any]:
-    return {"gain": _span(row, "weighted_gain"), "path_kl": row["path_kl"], "binding_right": row["binding_right"]}
+    return {"gain": span(row, "weighted_gain"), "path_kl": row["path_kl"], "binding_right": row["binding_right"]}
 
 
 def _at(kl: float, points: Sequence[tuple[float, float]]) -> float:
