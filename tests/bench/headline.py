@@ -1,9 +1,10 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
 infra/runs/headline.toml is the whole protocol, a day on two cores (--whole). What runs otherwise is its core: the
-preferences and strengths that have an oracle, on fewer prompts and seeds; then stronger blends with their path KL, the
-rivals of twenty candidates, and the Jensen gap, each on fewer still. results/headline.json says how many. What is
-stopped goes on where it was: nothing is made twice.
+preferences and strengths that have an oracle, on fewer prompts and seeds; then, each on fewer still, stronger blends
+with their path KL, other oracles of one preference, the grids of weights and strengths, the rivals of twenty
+candidates, and the Jensen gap. results/headline.json says how many. What is stopped goes on where it was: nothing is
+made twice.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
 from headline_parts.jensen import measure_jensen
-from headline_parts.tables import read_evaluation, read_strength
+from headline_parts.retraining import measure_retraining
+from headline_parts.tables import read_evaluation, read_grid, read_strength
 
 from workers.evaluation import EvaluateConfig
 
@@ -24,7 +26,7 @@ RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # Prompts and seeds of each part.
-SIZES = {"main": (32, 4), "strength": (24, 2), "search": (8, 4), "gap": (8, 4)}
+SIZES = {"main": (32, 4), "strength": (24, 2), "retraining": (32, 4), "grid": (16, 4), "search": (8, 4), "gap": (8, 4)}
 
 
 def narrowed(config: EvaluateConfig) -> EvaluateConfig:
@@ -55,6 +57,13 @@ def dialled(config: EvaluateConfig) -> EvaluateConfig:
     )
 
 
+def gridded(config: EvaluateConfig) -> EvaluateConfig:
+    """The whole grids of weights and strengths, of the blend and what costs one model."""
+    return config.model_copy(
+        update={"methods": ("mpa", "ls", "soup"), "rivals": (), "oracle_weights": (), "oracle_lambdas": {}}
+    )
+
+
 def measure_main(config: EvaluateConfig) -> dict[str, Any]:
     """The evaluation itself; its pictures and its table are kept for the README."""
     directory = run(config)
@@ -74,6 +83,8 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
     return {
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
+        "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
+        "grid": lambda config: {"grid": read_grid(run(gridded(core("grid", config))))},
         "search": lambda config: {"search": read_evaluation(run(searching(core("search", config))))},
         "gap": lambda config: measure_jensen(config, *SIZES["gap"]),
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 from figures import RESULTS
+from headline_parts.retraining import families
 from headline_parts.tables import mix
 
 from blend.preference import Preference
@@ -18,7 +19,20 @@ EARLY = 8  # steps that the rewards of these trainings count in
 
 
 def measure_jensen(config: EvaluateConfig, prompts: int, seeds: int) -> dict[str, Any]:
-    """Relative gap by step for every oracle, along the blend's own path, and its correlation with the loss."""
+    """Relative gap by step for every oracle, along the blend's own path, and its correlation with the loss.
+
+    `by_alpha` has it for the oracles of one preference that were trained at other alphas and ended elsewhere.
+    """
+    table, labels = _gaps(config, prompts, seeds)
+    (RESULTS / "headline_gap.png").write_bytes(gap_png(table))
+    found = {label: _figures(table[table["pair"] == place]) for place, label in enumerate(labels)}
+    figures = {"prompts": prompts, "seeds": seeds, **found, "predicts": _predicts(found)}
+    figures["by_alpha"] = {name: _figures(_gaps(one, prompts, seeds)[0]) for name, one in families(config).items()}
+    return {"jensen_gap": figures}
+
+
+def _gaps(config: EvaluateConfig, prompts: int, seeds: int) -> tuple[pd.DataFrame, list[str]]:
+    """The table of gaps, a pair for each oracle, and what the pairs are called."""
     planned = ready(prepare(config))
     job = planned.job
     engine = open_engine(job, "cpu")
@@ -27,11 +41,8 @@ def measure_jensen(config: EvaluateConfig, prompts: int, seeds: int) -> dict[str
         (job.cells[place].preference(job.basis), Preference(weights={job.oracles[job.cells[place]].name: 1.0}))
         for place in places
     ]
-    table = gap_table(engine, job.prompts[:prompts], range(seeds), pairs)
-    (RESULTS / "headline_gap.png").write_bytes(gap_png(table))
     labels = [_label(job.weights(place), job.cells[place].kl_lambda) for place in places]
-    found = {label: _figures(table[table["pair"] == place]) for place, label in enumerate(labels)}
-    return {"jensen_gap": {"prompts": prompts, "seeds": seeds, **found, "predicts": _predicts(found)}}
+    return gap_table(engine, job.prompts[:prompts], range(seeds), pairs), labels
 
 
 def _label(weights: dict[str, float], kl_lambda: float) -> str:

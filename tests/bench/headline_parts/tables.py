@@ -38,6 +38,25 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
     }
 
 
+def read_grid(directory: Path) -> dict[str, Any]:
+    """Reach of each method over the grids of weights, the share of the adapters' gains it keeps, and gain by lambda."""
+    summary = json.loads((directory / "summary.json").read_text())
+    basis = list(summary["facts"]["adapters"])
+    strengths: dict[str, dict[str, Span]] = {}
+    for row in summary["cells"]:
+        if row["method"] in ("mpa", "adapter") and row["kl_lambda"]:
+            strengths.setdefault(preference(row, basis), {})[f"{row['kl_lambda']:g}"] = span(row, "weighted_gain")
+    return {
+        "prompts": len(summary["facts"]["prompts"]),
+        "seeds": len(summary["facts"]["seeds"]),
+        "settings": summary["facts"]["cells"],
+        "hypervolume": {row["front"]: span(row, "hypervolume") for row in summary["hypervolumes"]},
+        "igd": {row["front"]: span(row, "igd") for row in summary["hypervolumes"]},
+        "share_of_adapters": {row["method"]: span(row, "share") for row in summary["methods"]},
+        "gain_by_lambda": {mixed: gains for mixed, gains in strengths.items() if len(gains) > 1},
+    }
+
+
 def preference(row: Row, basis: Sequence[str]) -> str:
     """A mix in a few characters: `colourfulness .5 compressibility .5`."""
     return mix({name: row[f"w_{name}"] for name in basis})

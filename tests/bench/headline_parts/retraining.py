@@ -1,0 +1,51 @@
+"""How far models retrained for one preference differ, and what the blend is worth beside each of them.
+
+A training that ends before alpha decides how far it goes is one of several answers to the same preference. Beside the
+oracle of the headline there are its twin of another seed, which says how far retraining itself varies, and one held to
+the path KL that the blend has there, which says what can be had at this distance from the base.
+"""
+
+import json
+from typing import Any
+
+from evaluations import run, span
+
+from workers.bundles import find_record
+from workers.evaluation import EvaluateConfig
+from workers.evaluation.storing import prepare, settings_for
+
+EQUAL = {"colourfulness": 0.5, "compressibility": 0.5}
+METHODS = ("mpa", "ls", "cached", "staged", "soup")
+ORACLES: dict[str, dict[str, Any]] = {
+    "as the basis": {},
+    "of another seed": {"seed": 1},
+    "at the blend's path KL": {"kl_target": 131.0},  # nats, of mpa at these weights
+}
+
+
+def families(config: EvaluateConfig) -> dict[str, EvaluateConfig]:
+    """An evaluation of each oracle at equal weights of two rewards in conflict."""
+    alone = {"oracle_weights": (EQUAL,), "oracle_lambdas": {}, "rivals": (), "methods": METHODS}
+    return {
+        name: config.model_copy(update={**alone, "oracle_settings": settings}) for name, settings in ORACLES.items()
+    }
+
+
+def measure_retraining(config: EvaluateConfig) -> dict[str, Any]:
+    """Gain and path KL of each oracle, and the share of its gain that each method has."""
+    return {"retraining": {name: _measured(one) for name, one in families(config).items()}}
+
+
+def _measured(config: EvaluateConfig) -> dict[str, Any]:
+    [training] = prepare(config).oracle_runs.values()
+    summary = json.loads((run(config) / "summary.json").read_text())
+    oracle = next(row for row in summary["cells"] if row["method"] == "oracle")
+    shares = {row["method"]: row for row in summary["rivals"]}
+    _, record = find_record(f"{training.name}@1", settings_for(None), "adapter")
+    return {
+        "gain": span(oracle, "weighted_gain"),
+        "path_kl": record.metrics["path_kl"].value,
+        "binding_right": oracle["binding_right"],
+        "share": {method: span(shares[method], "share_of_oracle") for method in METHODS},
+        "difference_to_mpa": span(shares["oracle"], "difference"),
+    }
