@@ -1,0 +1,80 @@
+"""How many rewards can be blended? Two, three, four and six of them at equal weights, and what an image then costs.
+
+infra/runs/growth.toml says which mixes: every reward is in as many of a size as every other, so that the sizes differ
+in how many rewards there are and not in which. Twenty minutes on two cores; what is stopped goes on where it was.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from evaluations import run, span
+from figures import RESULTS, write_figures
+from growth_parts.figure import draw
+from growth_parts.tables import Growth
+
+from workers.evaluation import EvaluateConfig, load_evaluation
+from workers.evaluation.files import COMMIT
+from workers.evaluation.gaps import Bootstrap
+
+RUN = Path(__file__).parents[2] / "infra" / "runs" / "growth.toml"
+SPANS = ("gain", "kept", "difference", "rows", "rows_ratio", "seconds_ratio", "binding_right", "diversity")
+
+
+def read_growth(directory: Path) -> Growth:
+    """What a finished evaluation says of more rewards."""
+    samples = load_evaluation(directory, table="samples")
+    summary = json.loads((directory / COMMIT).read_text())
+    sds = {name: scale["sd"] for name, scale in summary["scales"].items()}
+    config = summary["config"]
+    bootstrap = Bootstrap(config["resamples"], config["bootstrap_seed"], config["confidence"])
+    return Growth(samples, summary["facts"]["adapters"], sds, bootstrap)
+
+
+def figures(growth: Growth, table: pd.DataFrame) -> dict[str, Any]:
+    """Every method's figures by number of rewards, each reward's share, and what could mislead."""
+    return {
+        "mixes": {
+            str(count): [" + ".join(growth.basis[one] for one in mix) for mix in mixes]
+            for count, mixes in growth.mixes().items()
+        },
+        "base": growth.base(),
+        "by_method": _nested(table, ("method", "rewards")),
+        "by_reward": _nested(growth.by_reward(), ("method", "rewards", "adapter")),
+        "gain_from_partners_alone": {str(count): gain for count, gain in growth.partners().items()},
+    }
+
+
+def _nested(table: pd.DataFrame, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Rows as dictionaries in each other, the intervals of each in the innermost; what is undefined is left out."""
+    found: dict[str, Any] = {}
+    for row in table.to_dict("records"):
+        place = found
+        for key in keys:
+            place = place.setdefault(str(row[key]), {})
+        place |= {name: span(row, name) for name in SPANS if name in row and row[name] == row[name]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, help="processes that make images; the run file's unless given")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    config = EvaluateConfig.from_toml(RUN)
+    if asked.workers is not None:
+        config = config.model_copy(update={"num_workers": asked.workers})
+    directory = run(config)
+    growth = read_growth(directory)
+    table = growth.table()
+    facts = {"prompts": config.num_prompts, "seeds": len(config.seeds)}
+    write_figures("growth", {**facts, **figures(growth, table)})
+    table.to_csv(RESULTS / "growth.csv", index=False, float_format="%.6g")
+    (RESULTS / "growth.png").write_bytes(draw(table))
+
+
+if __name__ == "__main__":
+    main()
