@@ -111,5 +111,5 @@ def check_differentiable(reward: Reward) -> None:
 def _at_norm_of(noise_pred: Tensor, gradient: Tensor) -> Tensor:
     ones = [-1, *[1] * (gradient.dim() - 1)]
     norms = [torch.linalg.vector_norm(t.flatten(1).float(), dim=1) for t in (noise_pred, gradient)]
-    # where the reward is flat there is no direction, and none is made up
-    return gradient * (norms[0] / norms[1].clamp(min=torch.finfo(torch.float32).tiny)).view(ones)
+    # where the reward is flat, as at a saturated image, there is no direction, and none is made up
+    return gradient * (norms[0] / norms[1]).masked_fill(norms[1] == 0, 0.0).view(ones)

@@ -115,6 +115,15 @@ def test_normalised_pushes_do_not_depend_on_the_reward_s_unit(engine, redness):
     assert (quiet.latents - engine.run([base()])[0].latents).abs().max() > 1e-3
 
 
+def test_a_saturated_reward_pushes_nowhere(engine, redness):
+    class Saturated(type(redness)):
+        def __call__(self, images, prompts):
+            return super().__call__(images, prompts).clamp(max=-1e3)
+
+    (found,) = reward_guided(engine, [base()], Saturated(), scale=5.0, normalise=True)
+    assert_close(found.latents, engine.run([base()])[0].latents)
+
+
 def test_tempering_grows_to_1_over_the_same_share_of_any_number_of_steps():
     assert tempered(0, 50, 0.024) == pytest.approx(0.024)
     assert tempered(9, 50, 0.024) == pytest.approx(1.024**10 - 1)
