@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -92,7 +93,7 @@ def test_what_is_kept_is_each_reward_against_its_own_adapter(table, growth):
     one_by_one = growth.by_reward().set_index(["method", "rewards", "adapter"])
     assert one_by_one.kept["mpa", 2, "b"] == pytest.approx((0.5 + 0.75) / 2)
     assert one_by_one.gain["mpa", 2, "a"] == pytest.approx((1.5 + 0.5) / 2)
-    assert one_by_one.xs(("mpa", 3)).gain.mean() == pytest.approx(table.gain["mpa", 3])
+    assert one_by_one.sort_index().loc[("mpa", 3)].gain.mean() == pytest.approx(table.gain["mpa", 3])
 
 
 def test_one_adapter_for_each_image_is_what_a_linear_blend_would_be(table):
@@ -110,9 +111,29 @@ def test_differences_are_paired_and_costs_are_those_of_the_base(table):
     assert table.rows_ratio.isna()["drawn"].all()
 
 
-def test_partners_are_the_other_adapters_alone(growth):
-    effects = [0.0, -1.0, 1.0, 0.0, -1.0, 2.0]
-    assert growth.partners() == {count: pytest.approx(sum(effects) / 6) for count in (2, 3)}
+def test_company_is_what_the_others_adapters_do_alone(bench, growth):
+    design = bench("growth_parts.design")
+    assert growth.effects().tolist() == [pytest.approx(row) for row in EFFECTS.values()]
+    assert design.company(growth.effects(), [(0, 1)]) == pytest.approx((0.0 + 1.0) / 2)
+    assert design.company(growth.effects(), [(0, 1, 2)]) == pytest.approx((0 - 1 + 1 + 0 - 1 + 2) / 6)
+
+
+def test_the_fairest_design_has_friends_and_foes_in_every_size(bench):
+    """Six rewards in two camps: adapters of one camp help each other, and hurt the other's."""
+    design = bench("growth_parts.design")
+    camps = np.array([1, 1, 1, -1, -1, -1])
+    effects = np.outer(camps, camps)
+    found = design.fairest(effects)
+    # pairs within the camps and one across, triples of both; the camps themselves would be 1 where all six have -0.2
+    assert {count: design.company(effects, mixes) for count, mixes in found.items()} == {
+        2: pytest.approx(1 / 3),
+        3: pytest.approx(-1 / 3),
+        4: pytest.approx(-1 / 9),
+        6: pytest.approx(-1 / 5),
+    }
+    for mixes, often in zip(found.values(), (1, 1, 2, 1), strict=True):
+        assert Counter(one for mix in mixes for one in mix) == dict.fromkeys(range(6), often)
+    assert {frozenset(range(6)) - set(mix) for mix in found[4]} == {frozenset(mix) for mix in found[2]}
 
 
 def test_there_is_no_share_of_nothing(bench, samples):

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from evaluations import run, span
 from figures import RESULTS, write_figures
+from growth_parts.design import company, fairest
 from growth_parts.figure import draw
 from growth_parts.tables import Growth
 
@@ -35,7 +36,8 @@ def read_growth(directory: Path) -> Growth:
 
 
 def figures(growth: Growth, table: pd.DataFrame) -> dict[str, Any]:
-    """Every method's figures by number of rewards, each reward's share, and what could mislead."""
+    """Every method's figures by number of rewards, each reward's share, and whether the sizes are in like company."""
+    effects = growth.effects()
     return {
         "mixes": {
             str(count): [" + ".join(growth.basis[one] for one in mix) for mix in mixes]
@@ -44,7 +46,11 @@ def figures(growth: Growth, table: pd.DataFrame) -> dict[str, Any]:
         "base": growth.base(),
         "by_method": _nested(table, ("method", "rewards")),
         "by_reward": _nested(growth.by_reward(), ("method", "rewards", "adapter")),
-        "gain_from_partners_alone": {str(count): gain for count, gain in growth.partners().items()},
+        "company": {str(count): company(effects, mixes) for count, mixes in growth.mixes().items() if count > 1},
+        "adapters_alone": {
+            name: dict(zip(growth.basis, gains, strict=True))
+            for name, gains in zip(growth.basis, effects.tolist(), strict=True)
+        },
     }
 
 
@@ -59,21 +65,33 @@ def _nested(table: pd.DataFrame, keys: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, help="processes that make images; the run file's unless given")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    config = EvaluateConfig.from_toml(RUN)
-    if asked.workers is not None:
-        config = config.model_copy(update={"num_workers": asked.workers})
-    directory = run(config)
-    growth = read_growth(directory)
+def print_design(config: EvaluateConfig) -> None:
+    """The fairest mixes by what the adapters do alone, and the company of each size; no blend is looked at."""
+    growth = read_growth(run(config.model_copy(update={"methods": (), "weights": ()})))
+    for count, mixes in fairest(growth.effects()).items():
+        names = ", ".join(" + ".join(growth.basis[one] for one in mix) for mix in mixes)
+        print(f"{count}: company {company(growth.effects(), mixes):.3f}: {names}")
+
+
+def measure(config: EvaluateConfig) -> None:
+    growth = read_growth(run(config))
     table = growth.table()
     facts = {"prompts": config.num_prompts, "seeds": len(config.seeds)}
     write_figures("growth", {**facts, **figures(growth, table)})
     table.to_csv(RESULTS / "growth.csv", index=False, float_format="%.6g")
     (RESULTS / "growth.png").write_bytes(draw(table))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, help="processes that make images; the run file's unless given")
+    parser.add_argument("--design", action="store_true", help="only print the mixes that the run file should hold")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    config = EvaluateConfig.from_toml(RUN)
+    if asked.workers is not None:
+        config = config.model_copy(update={"num_workers": asked.workers})
+    (print_design if asked.design else measure)(config)
 
 
 if __name__ == "__main__":

@@ -76,17 +76,9 @@ class Growth:
                 rows.append({"method": method, "rewards": count, "adapter": name, **spans})
         return pd.DataFrame(rows)
 
-    def partners(self) -> dict[int, float]:
-        """By number of rewards: mean gain in a reward from the other adapters of its mixes, each alone.
-
-        Where it differs, so do the mixes in more than how many rewards they have.
-        """
-        effects = self._alone[0]
-        return {
-            count: float(np.mean([effects[j, i] for mix in mixes for i in mix for j in mix if i != j]))
-            for count, mixes in self.mixes().items()
-            if count > 1
-        }
+    def effects(self) -> Array:
+        """Gain of each adapter alone in each reward, [adapters, rewards]."""
+        return self._alone[0]
 
     def mixes(self) -> dict[int, list[tuple[int, ...]]]:
         """The distinct mixes by number of rewards, as positions in the basis."""
