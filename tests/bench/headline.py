@@ -17,7 +17,7 @@ import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
 from headline_parts.jensen import measure_jensen
-from headline_parts.retraining import measure_retraining
+from headline_parts.retraining import EQUAL, measure_retraining
 from headline_parts.tables import read_evaluation, read_grid, read_strength
 
 from workers.evaluation import EvaluateConfig
@@ -26,7 +26,7 @@ RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # Prompts and seeds of each part.
-SIZES = {"main": (32, 4), "strength": (24, 2), "retraining": (32, 4), "grid": (16, 4), "search": (8, 4), "gap": (8, 4)}
+SIZES = {"main": (32, 4), "strength": (24, 2), "retraining": (32, 4), "grid": (8, 4), "search": (8, 4), "gap": (8, 4)}
 
 
 def narrowed(config: EvaluateConfig) -> EvaluateConfig:
@@ -36,19 +36,20 @@ def narrowed(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
-    """The rivals of twenty candidates beside the blend, where oracles were retrained for two rewards in conflict."""
-    weights = tuple(one for one in config.oracle_weights if set(one) == {"colourfulness", "compressibility"})
+    """The rivals of twenty candidates beside the blend, at equal weights of two rewards in conflict."""
     return narrowed(config).model_copy(
-        update={"rivals": SEARCHING, "methods": ("mpa",), "oracle_weights": weights, "oracle_lambdas": {}}
+        update={"rivals": SEARCHING, "methods": ("mpa",), "oracle_weights": (EQUAL,), "oracle_lambdas": {}}
     )
 
 
 def dialled(config: EvaluateConfig) -> EvaluateConfig:
     """The blend at more than its usual strength, with the path KL: an oracle may have gone further than it goes."""
-    return searching(config).model_copy(
+    return narrowed(config).model_copy(
         update={
             "rivals": (),
             "methods": ("mpa", "ls", "soup"),
+            "oracle_weights": tuple(one for one in config.oracle_weights if set(one) == set(EQUAL)),
+            "oracle_lambdas": {},
             "kl_methods": ("mpa",),
             "kl_lambdas": (1.0, 1.25, 1.5),
             "kl_everywhere": True,
