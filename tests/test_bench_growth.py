@@ -36,7 +36,7 @@ def sample(cell, method, mix, prompt, seed):
     scores = {name: sd * (gain + prompt + seed / 8) for (name, sd), gain in zip(SDS.items(), gains, strict=True)}
     rows = 40.0 * (len(mix) if method == "mpa" else 1)
     weights = {f"w_{name}": 1 / len(mix) if name in mix else 0.0 for name in REWARDS}
-    costs = {"rows": rows, "seconds": rows / 100, "binding_right": float(prompt > 0), "diversity": 0.3}
+    costs = {"rows": rows, "binding_right": float(prompt > 0), "diversity": 0.3}
     where = {"cell": cell, "method": method, "kl_lambda": float(bool(mix)), "prompt_index": prompt, "seed": seed}
     return where | weights | costs | scores
 
@@ -105,7 +105,6 @@ def test_differences_are_paired_and_costs_are_those_of_the_base(table):
     assert list(table.difference["ls"]) == pytest.approx([0.5, 0.5])
     assert list(table.difference_low["soup"]) == pytest.approx([-0.25, -0.25])
     assert list(table.rows_ratio["mpa"]) == pytest.approx([2, 3])
-    assert list(table.seconds_ratio["soup"]) == pytest.approx([1, 1])
     assert table.binding_right["ls", 3] == pytest.approx(0.75)
     assert table.binding_right_low["ls", 3] < 0.75 < table.binding_right_high["ls", 3]
     assert table.rows_ratio.isna()["drawn"].all()

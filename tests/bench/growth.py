@@ -16,10 +16,12 @@ from figures import RESULTS, write_figures
 from growth_parts.design import company, fairest
 from growth_parts.figure import draw
 from growth_parts.tables import Growth
+from growth_parts.timing import seconds_table
 
 from workers.evaluation import EvaluateConfig, load_evaluation
 from workers.evaluation.files import COMMIT
 from workers.evaluation.gaps import Bootstrap
+from workers.evaluation.storing import prepare
 
 RUN = Path(__file__).parents[2] / "infra" / "runs" / "growth.toml"
 SPANS = ("gain", "kept", "difference", "rows", "rows_ratio", "seconds_ratio", "binding_right", "diversity")
@@ -74,8 +76,9 @@ def print_design(config: EvaluateConfig) -> None:
 
 
 def measure(config: EvaluateConfig) -> None:
+    """Evaluate, then time each size, and write all figures, the table and the picture."""
     growth = read_growth(run(config))
-    table = growth.table()
+    table = growth.table().merge(seconds_table(prepare(config).job), how="left", on=["method", "rewards"])
     facts = {"prompts": config.num_prompts, "seeds": len(config.seeds)}
     write_figures("growth", {**facts, **figures(growth, table)})
     table.to_csv(RESULTS / "growth.csv", index=False, float_format="%.6g")

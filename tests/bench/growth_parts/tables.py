@@ -45,7 +45,7 @@ class Growth:
         settings = samples.drop_duplicates("cell").sort_values("cell", ignore_index=True)
         self._methods = settings["method"].tolist()
         self._mixes = [_active(row, self.basis) for row in settings.to_dict("records")]
-        columns = [*dict.fromkeys(rewards.values()), *MEANS, "seconds"]
+        columns = [*dict.fromkeys(rewards.values()), *MEANS]
         self._worlds = dict(zip(columns, np.moveaxis(self._resampled(samples, columns), -1, 0), strict=True))
         scores = np.stack([self._worlds[reward] / sds[reward] for reward in rewards.values()], axis=-1)
         self.gains = scores - scores[:, [self._place(BASE, ())]]
@@ -91,7 +91,7 @@ class Growth:
     def base(self) -> dict[str, float]:
         """What an image of the base costs and is worth."""
         place = self._place(BASE, ())
-        return {name: float(self._worlds[name][0, place]) for name in (*MEANS, "seconds")}
+        return {name: float(self._worlds[name][0, place]) for name in MEANS}
 
     def _groups(self) -> dict[tuple[str, int], list[int]]:
         found: dict[tuple[str, int], list[int]] = {}
@@ -115,10 +115,8 @@ class Growth:
             row |= self._named("difference", per_reward - self._per_reward(mpa))
         for name in MEANS:
             row |= self._named(name, self._worlds[name][:, places].mean(axis=1))
-        for name in ("rows", "seconds"):
-            ratio = self._worlds[name][:, places].mean(axis=1) / self._worlds[name][:, base]
-            row |= self._named(f"{name}_ratio", ratio)
-        return row
+        rows = self._worlds["rows"]
+        return row | self._named("rows_ratio", rows[:, places].mean(axis=1) / rows[:, base])
 
     def _drawn_row(self, count: int, mixes: Sequence[tuple[int, ...]]) -> dict[str, object]:
         gain, kept = [], []
