@@ -15,11 +15,13 @@ from infra.storage import open_store
 SHIPPED = sorted(Path(REGISTRY_PATH).glob("adapters/*/versions/*.json"))
 
 
-@pytest.mark.parametrize(("ref", "kl_target"), [("sprites@1", None), ("sprites@champion", 450.0)])
-def test_the_shipped_registry_loads(ref: str, kl_target: float | None):
+@pytest.mark.parametrize(
+    ("ref", "kl_target", "count"), [("sprites@1", None, 3), ("sprites@champion", 450.0, 3), ("sprites-six@1", 450.0, 6)]
+)
+def test_the_shipped_registry_loads(ref: str, kl_target: float | None, count: int):
     registry = Registry(open_store(str(Path(REGISTRY_PATH).absolute())), read_only=True)
     adapters = registry.adapters_of(registry.get_bundle(ref))
-    assert [record.kl_target for record in adapters.values()] == [kl_target] * 3
+    assert [record.kl_target for record in adapters.values()] == [kl_target] * count
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parts[-3])
