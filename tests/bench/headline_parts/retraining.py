@@ -19,6 +19,7 @@ METHODS = ("mpa", "ls", "cached", "staged", "soup")
 ORACLES: dict[str, dict[str, Any]] = {
     "as the basis": {},
     "of another seed": {"seed": 1},
+    "of a third seed": {"seed": 2},
     "at the blend's path KL": {"kl_target": 131.0},  # nats, of mpa at these weights
 }
 
