@@ -9,6 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's default of 15 lets every other test go first, and the tests that wait for Ray wait
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 
 # tests/helpers is on the path: see pyproject.toml
-pytest_plugins = ["s3_servers"]
+pytest_plugins = ["s3_servers", "sharing"]
 
 
 @pytest.fixture(scope="session")
@@ -186,3 +188,11 @@ def rivals_store_url(
     base, defaults = tiny.get_bundle("tiny@champion").base, tiny.get_bundle("tiny@champion").defaults
     registry.publish_bundle("rivals", base, records, defaults=defaults)
     return url
+
+
+@pytest.fixture(scope="module")
+def coarse_figures() -> Iterator[None]:
+    """Figures of evaluations have few pixels: to draw them is most of the work of an evaluation of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.evaluation.style.DPI", 50)
+        yield

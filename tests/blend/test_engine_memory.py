@@ -18,6 +18,7 @@ from blend.tiles import TileOptions
 BLEND = Preference.parse({"a": 0.3, "b": 0.7}, 0.8, basis=("a", "b"))
 LARGE = Sample("a car", BLEND, 1, num_inference_steps=2, height=128, width=96)
 SMALL = replace(LARGE, seed=2, height=None, width=None, num_inference_steps=3)
+COUNTED: dict[tuple[AdapterBank, tuple[int, ...]], int] = {}
 
 
 def latents_of(output: Output) -> torch.Tensor:
@@ -31,8 +32,11 @@ def assert_near(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def needed(model: DiffusionModel, bank: AdapterBank, sample: Sample) -> int:
-    height, width = sample.height or model.default_height, sample.width or model.default_width
-    return row_bytes(bank, model.latents_shape(height, width), model.encode_prompts(["a car"]))
+    """Bytes of a row; counted once for each bank and size, as no test changes a bank."""
+    shape = model.latents_shape(sample.height or model.default_height, sample.width or model.default_width)
+    if (bank, shape) not in COUNTED:
+        COUNTED[bank, shape] = row_bytes(bank, shape, model.encode_prompts(["a car"]))
+    return COUNTED[bank, shape]
 
 
 @pytest.fixture

@@ -73,7 +73,9 @@ def test_decoder_training_leaves_the_latents_alone():
     assert any(not torch.equal(a, b) for a, b in zip(weights, codec.decoder.parameters(), strict=True))
 
 
-def test_build_writes_a_directory_that_diffusers_loads(tmp_path):
+def test_build_writes_a_directory_that_diffusers_loads(tmp_path, monkeypatch):
+    # hundreds of pictures are judged, of a model that has learnt nothing
+    monkeypatch.setattr("blend.sprites.export.STEPS", 2)
     stages: list[str] = []
     build.build_base(PLAN, tmp_path / "work", tmp_path / "base", lambda stage, *_: stages.append(stage))
     assert list(dict.fromkeys(stages)) == ["codec", "scenes", "denoiser", "decoder"]

@@ -28,30 +28,25 @@ num_workers = 0
 """
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "train", *arguments], capture_output=True, text=True, timeout=500
-    )
-
-
-def command_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """Exit code and errors of the verb run in this process, which has everything imported."""
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the verb run in this process, which has everything imported."""
     with pytest.raises(SystemExit) as stopped:
         main(["train", *arguments])
-    return int(stopped.value.code or 0), capsys.readouterr().err
+    streams = capsys.readouterr()
+    return int(stopped.value.code or 0), streams.out, streams.err
 
 
-@pytest.mark.slow
-def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path):
+def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path, capsys):
     run = tmp_path / "run.toml"
     run.write_text(RUN.format(base=tiny_sd_dir, iterations=2))
-    done = command(str(run), "--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / 'store'}")
-    assert done.returncode == 0, done.stderr
-    assert "Published colour@1" in done.stdout
-    assert [line.split(":")[0] for line in done.stderr.splitlines() if line.startswith("train colour")] == [
+    places = ["--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / 'store'}"]
+    code, stdout, stderr = command(capsys, str(run), *places)
+    assert code == 0, stderr
+    assert "Published colour@1" in stdout
+    assert [line.split(":")[0] for line in stderr.splitlines() if line.startswith("train colour")] == [
         f"train colour {i}/2" for i in range(3)
     ]
-    assert "base standard deviations) at a path KL of" in done.stdout
+    assert "base standard deviations) at a path KL of" in stdout
     assert (tmp_path / "out" / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 
@@ -80,7 +75,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_pa
     assert "Traceback" not in stderr
     reached = max(int(path.name.split("_")[1]) for path in (tmp_path / "kept").glob("iteration_*"))
     run.write_text(RUN.format(base=tiny_sd_dir, iterations=reached + 2))
-    code, stderr = command_here(capsys, str(run), *places)
+    code, _, stderr = command(capsys, str(run), *places)
     assert code == 0, stderr
     assert f"train colour {reached + 1}/{reached + 2}" in stderr
     assert f"train colour {reached}/" not in stderr
@@ -96,7 +91,7 @@ def test_errors_are_one_line_and_exit_2(tiny_sd_dir: Path, tmp_path: Path, capsy
     run = tmp_path / "run.toml"
     run.write_text(RUN.format(base=tiny_sd_dir, iterations=iterations))
     places = ["--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / store}"]
-    code, stderr = command_here(capsys, str(run), *places)
+    code, _, stderr = command(capsys, str(run), *places)
     assert code == 2
     last = stderr.strip().splitlines()[-1]
     assert last.startswith("Error: ")

@@ -57,6 +57,12 @@ def result(planned, directory, progress):
 
 
 @pytest.fixture
+def coarse(result, monkeypatch):
+    """The figures of further evaluations have few pixels: to draw them is most of the work."""
+    monkeypatch.setattr("workers.evaluation.style.DPI", 50)
+
+
+@pytest.fixture
 def report(result, directory):
     return (directory / "report.html").read_text(encoding="utf-8")
 
@@ -101,7 +107,9 @@ def test_scores_are_those_of_the_engine_asked_directly(result, planned, method, 
 
 
 @pytest.mark.parametrize("path_kl", [False, True])
-def test_rows_are_what_each_method_costs_whether_or_not_its_path_kl_is_measured(rivals_store_url, tmp_path, path_kl):
+def test_rows_are_what_each_method_costs_whether_or_not_its_path_kl_is_measured(
+    coarse, rivals_store_url, tmp_path, path_kl
+):
     config = CONFIG.model_copy(update={"path_kl": path_kl, "prompts": PROMPTS[:1], "kl_lambdas": (0.5,)})
     frame = evaluate(prepare(config, rivals_store_url), tmp_path).frame
     one = 4 * 2  # steps x (with and without the prompt)
@@ -123,7 +131,7 @@ def test_path_kl_grows_with_lambda_from_zero(result):
     assert 0 < kl[0] < kl[1]
 
 
-def test_batches_do_not_change_scores(result, rivals_store_url, tmp_path):
+def test_batches_do_not_change_scores(coarse, result, rivals_store_url, tmp_path):
     config = CONFIG.model_copy(update={"batch_size": 1, "methods": ("mpa",), "kl_methods": ()})
     other = evaluate(prepare(config, rivals_store_url), tmp_path).frame
     keys = ["method", "w_warm", "kl_lambda", "prompt", "seed"]
@@ -253,7 +261,7 @@ def test_an_unfinished_upload_is_written_over_and_a_finished_one_is_not(result, 
     assert store.read(path) == finished
 
 
-def test_extra_rewards_are_watched_but_do_not_count(rivals_store_url, tmp_path):
+def test_extra_rewards_are_watched_but_do_not_count(coarse, rivals_store_url, tmp_path):
     from workers.evaluation.planning import plan
 
     planned = prepare(
@@ -297,7 +305,7 @@ def test_a_reward_that_is_not_a_number_stops_the_evaluation(planned, tmp_path, m
 
 
 @pytest.mark.slow
-def test_ray_workers_score_exactly_as_this_process_does(cluster, result, rivals_store_url, tmp_path):
+def test_ray_workers_score_exactly_as_this_process_does(coarse, cluster, result, rivals_store_url, tmp_path):
     config = CONFIG.model_copy(update={"num_workers": 2, "methods": ("mpa",), "kl_methods": ()})
     spread = evaluate(prepare(config, rivals_store_url), tmp_path).frame
     keys = ["method", "w_warm", "w_small", "kl_lambda", "prompt", "seed"]

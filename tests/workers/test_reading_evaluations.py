@@ -21,6 +21,8 @@ from workers.evaluation.grid import ORACLE
 from workers.evaluation.reading import Table
 from workers.evaluation.storing import prepare, upload
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 README = Path(workers.evaluation.__file__).with_name("README.md").read_text()
 CONFIG = EvaluateConfig(
     bundle="rivals@1",
