@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from blend.baselines.found import Cost, Found, candidate_seeds, check_count, pick, score_images
+from blend.baselines.found import Cost, Found, candidate_seeds, check_count, failure, score_images
 from blend.courses import plot_course
 from blend.engine import BlendEngine, Output, Sample
 from blend.plans import plan_rows
@@ -22,8 +22,8 @@ def best_of_n(engine: BlendEngine, samples: Sequence[Sample], reward: Reward, n:
     """Return for each sample the best of n images, its own seed's among them.
 
     All candidates run through the engine together, under the sample's own preference: Preference.base() for the usual
-    rival, any other to search over a blend. Raises what engine.run raises, ValueError for n < 1, and DenoisingError
-    when no candidate of a sample is finite.
+    rival, any other to search over a blend. A sample none of whose candidates is finite has an error in place of
+    latents. Raises what engine.run raises, and ValueError for n < 1.
     """
     check_count(n, "n")
     candidates = [replace(sample, seed=seed) for sample in samples for seed in candidate_seeds(sample.seed, n)]
@@ -47,6 +47,6 @@ def _best(engine: BlendEngine, outputs: Sequence[Output], reward: Reward) -> Fou
     if latents:
         images = engine.decode(list(latents.values()))
         scores[list(latents)] = score_images(reward, images, [outputs[0].sample.prompt] * len(latents))
-    best = pick(scores, outputs[0].sample.seed)
+    best, error = int(scores.argmax()), failure(scores, outputs[0].sample.seed)
     cost = Cost(rows=sum(output.rows for output in outputs), decodes=len(latents))
-    return Found(outputs[best].sample, latents[best], scores, cost)
+    return Found(outputs[best].sample, None if error else latents[best], scores, cost, error)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blend.baselines.found import Cost, Found, check_count, pick, score_images
+from blend.baselines.found import Cost, Found, check_count, failure, score_images
 from blend.baselines.walk import Walk
 from blend.engine import BlendEngine, Sample, SampleError
 from blend.rewards import Reward
@@ -33,8 +33,8 @@ def blockwise(
     n candidates for every `block` steps; the last block is shorter where they do not divide the steps. Candidate 0
     takes the noise of the sample's own seed. A prediction at a state is run once: it scores a candidate and, if that
     is kept, all of the next block start from it. So an image takes 1 + n (T - 1) predictions and n decodes a block.
-    Samples must be alike but for prompts and seeds (see Walk). Raises SampleError, ValueError for n or block < 1, and
-    DenoisingError when no candidate of a block is finite.
+    A sample none of whose last candidates is finite has an error in place of latents. Samples must be alike but for
+    prompts and seeds (see Walk). Raises SampleError, and ValueError for n or block < 1.
     """
     check_count(n, "n")
     check_count(block, "block")
@@ -60,13 +60,17 @@ def blockwise(
             images = engine.decode(list(origin))
             decodes += n
             scores = score_images(reward, images, walk.prompts(len(images))).view(-1, n)
-            kept = _places(scores, samples).to(latents.device)
+            kept = _places(scores).to(latents.device)
             latents, noise_pred = latents[kept], noise_pred[kept]
-    cost = Cost(rows, decodes)
-    return [Found(*found, cost) for found in zip(samples, latents.unbind(), scores.unbind(), strict=True)]
+    return [_found(*one, Cost(rows, decodes)) for one in zip(samples, latents, scores, strict=True)]
 
 
-def _places(scores: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """Return [S] where each sample's best stands among all candidates; scores: [S, n]."""
+def _found(sample: Sample, latents: Tensor, scores: Tensor, cost: Cost) -> Found:
+    error = failure(scores, sample.seed)
+    return Found(sample, None if error else latents, scores, cost, error)
+
+
+def _places(scores: Tensor) -> Tensor:
+    """Return [S] where each sample's best, the first among equals, stands among all candidates; scores: [S, n]."""
     n = scores.shape[1]
-    return torch.tensor([i * n + pick(scores[i], sample.seed) for i, sample in enumerate(samples)])
+    return torch.tensor([i * n + int(one.argmax()) for i, one in enumerate(scores)])

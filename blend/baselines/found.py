@@ -27,14 +27,15 @@ class Found:
     """One image, as latents."""
 
     sample: Sample  # what was asked for; its seed is the chosen candidate's
-    latents: Tensor  # [C, h, w] float32
+    latents: Tensor | None  # [C, h, w] float32; None where the sample failed
     scores: Tensor  # [N] the last rewards that were compared, in the order of the candidates; empty for guidance
     cost: Cost
+    error: DenoisingError | None = None  # why there are no latents
 
     @property
     def score(self) -> float:
         """The reward of `latents`, NaN where none was computed."""
-        return float(self.scores.max()) if len(self.scores) else float("nan")
+        return float(self.scores.max()) if len(self.scores) and self.error is None else float("nan")
 
 
 def candidate_seeds(seed: int, n: int) -> list[int]:
@@ -49,13 +50,11 @@ def score_images(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tens
     return torch.where(sound, scores, torch.full_like(scores, -torch.inf))
 
 
-def pick(scores: Tensor, seed: int) -> int:
-    """Return the place of the highest score, the first among equals; DenoisingError when no candidate is finite."""
-    if bool((scores == -torch.inf).all()):
-        raise DenoisingError(
-            f"no candidate of the sample with seed {seed} is finite: lower guidance_scale or kl_lambda"
-        )
-    return int(scores.argmax())
+def failure(scores: Tensor, seed: int) -> DenoisingError | None:
+    """Return the error of a sample none of whose candidates is finite, by its scores [N]; None where one is."""
+    if bool((scores > -torch.inf).any()):
+        return None
+    return DenoisingError(f"no candidate of the sample with seed {seed} is finite: lower guidance_scale or kl_lambda")
 
 
 def check_count(n: object, name: str) -> None:

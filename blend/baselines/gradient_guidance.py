@@ -42,8 +42,9 @@ def reward_guided(
 
     scale: s >= 0, in 1 / (units of the reward); tempering: gamma, None for lambda = 1. normalise takes g at the norm of
     eps, |eps| g / |g|, so that a scale means the same for every reward, step and image size. tile_rows bounds the rows
-    that are differentiated at once. Samples must be alike but for prompts and seeds (see Walk). Raises RewardError for
-    a reward without a gradient, SampleError, ValueError for other numbers, DenoisingError for latents not finite.
+    that are differentiated at once. A sample whose latents end not finite has an error in their place. Samples must be
+    alike but for prompts and seeds (see Walk). Raises RewardError for a reward without a gradient, SampleError, and
+    ValueError for other numbers.
     """
     check_differentiable(reward)
     if not (math.isfinite(scale) and scale >= 0):
@@ -60,12 +61,16 @@ def reward_guided(
         if normalise:
             gradient = _at_norm_of(noise_pred, gradient)
         latents = walk.advance(noise_pred - push * walk.noise_to_prediction(step) * gradient, latents, step)
-    for sample, ended in zip(samples, latents, strict=True):
-        if not ended.isfinite().all():
-            raise DenoisingError(f"the guided sample with seed {sample.seed} is not finite: lower scale ({scale:g})")
     rows = sum(walk.rows(step) for step in range(walk.total))
     cost = Cost(rows, decodes=walk.total, gradients=rows)
-    return [Found(sample, ended, torch.empty(0), cost) for sample, ended in zip(samples, latents, strict=True)]
+    return [_found(*one, scale, cost) for one in zip(samples, latents, strict=True)]
+
+
+def _found(sample: Sample, latents: Tensor, scale: float, cost: Cost) -> Found:
+    if latents.isfinite().all():
+        return Found(sample, latents, torch.empty(0), cost)
+    error = DenoisingError(f"the guided sample with seed {sample.seed} is not finite: lower scale ({scale:g})")
+    return Found(sample, None, torch.empty(0), cost, error)
 
 
 def reward_gradient(

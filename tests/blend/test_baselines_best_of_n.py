@@ -8,8 +8,8 @@ from work_counter import counted
 
 from blend.adapters import AdapterBank
 from blend.baselines import WeightedReward, best_of_n, copies_within
-from blend.baselines.found import candidate_seeds, pick, score_images
-from blend.engine import BlendEngine, DenoisingError, Sample
+from blend.baselines.found import candidate_seeds, failure, score_images
+from blend.engine import BlendEngine, Sample
 from blend.model import DiffusionModel
 from blend.preference import Preference
 from blend.rewards import RewardError, load_reward
@@ -77,9 +77,16 @@ def test_what_is_not_finite_never_wins(redness):
     images = torch.full((3, 3, 4, 4), 0.5)
     images[0, 0] = torch.nan
     scores = score_images(redness, images, [PROMPT] * 3)
-    assert pick(scores, seed=3) == 1
-    with pytest.raises(DenoisingError, match="seed 3"):
-        pick(torch.full((2,), -torch.inf), seed=3)
+    assert int(scores.argmax()) == 1
+    assert failure(scores, seed=3) is None
+    assert "seed 3" in str(failure(torch.full((2,), -torch.inf), seed=3))
+
+
+def test_a_sample_without_a_finite_candidate_has_an_error_in_place_of_latents(engine, redness):
+    (found,) = best_of_n(engine, [base(guidance_scale=1e38)], redness, 2)
+    assert found.latents is None
+    assert found.score != found.score
+    assert "seed 3" in str(found.error)
 
 
 def weighted(weights: dict[str, float], **scales: tuple[float, float]) -> WeightedReward:

@@ -10,7 +10,7 @@ from blend.adapters import AdapterBank
 from blend.baselines import WeightedReward, reward_guided
 from blend.baselines.gradient_guidance import reward_gradient, tempered
 from blend.baselines.walk import Walk
-from blend.engine import BlendEngine, DenoisingError, Sample, SampleError
+from blend.engine import BlendEngine, Sample, SampleError
 from blend.model import DiffusionModel, load_model
 from blend.preference import Preference
 from blend.rewards import RewardError, load_reward
@@ -163,5 +163,24 @@ def test_strengths_that_mean_nothing_are_refused(engine, redness, wrong):
 def test_other_models_than_the_base_and_broken_samples_are_refused(engine, redness):
     with pytest.raises(SampleError, match="base model alone"):
         reward_guided(engine, [base(preference=Preference(weights={"a": 1.0}))], redness, scale=1.0)
-    with pytest.raises(DenoisingError, match="seed 3"):
-        reward_guided(engine, [base(guidance_scale=1e38)], redness, scale=1.0)
+    (found,) = reward_guided(engine, [base(guidance_scale=1e38)], redness, scale=1.0)
+    assert found.latents is None
+    assert "seed 3" in str(found.error)
+
+
+def test_a_sample_that_diverges_leaves_its_neighbours_alone(engine, redness):
+    class Rooted(type(redness)):
+        """Itself up to a ceiling, and flat above it, where a root has a slope that is no number."""
+
+        def __call__(self, images, prompts):
+            score = super().__call__(images, prompts)
+            seen.append(score.detach())
+            return torch.where(score < ceiling, score + 0 * (ceiling - score).sqrt(), ceiling)
+
+    samples, ceiling, seen = [base(seed) for seed in range(2)], 1e3, []
+    free = reward_guided(engine, samples, Rooted(), scale=1.0)
+    highest = torch.stack(seen).amax(0)
+    ceiling, (lower, higher) = float(highest.mean()), highest.argsort().tolist()
+    found = reward_guided(engine, samples, Rooted(), scale=1.0)
+    assert found[higher].latents is None
+    assert_close(found[lower].latents, free[lower].latents)

@@ -79,7 +79,8 @@ def analyse(
 ) -> Analysis:
     """Summarise samples (columns cell, prompt_index, seed, rewards, rows, seconds, ...) cell by cell.
 
-    decodes, gradients and memory_mb may be missing, then they are NaN; so may a judge's columns, then so are its means.
+    decodes, gradients and memory_mb may be missing, then they are NaN; so may a judge's columns, then so are its means;
+    and so may failed, then nothing did.
     """
     scales = {name: _scale(frame.loc[frame["cell"] == 0, name], (known_sds or {}).get(name)) for name in rewards}
     weights = resample_weights(
@@ -144,6 +145,7 @@ def _costs(samples: pd.DataFrame) -> dict[str, object]:
     return {
         "prompts": samples["prompt_index"].nunique(),
         "samples": len(samples),
+        "failed": int(samples["failed"].sum()) if "failed" in samples else 0,
         "rows": samples["rows"].mean(),
         "seconds": samples["seconds"].mean(),
         "diversity": samples["diversity"].mean(),

@@ -20,6 +20,7 @@ from blend.plans import plan_rows
 from workers.evaluation.analysis import analyse
 from workers.evaluation.config import EvaluationError
 from workers.evaluation.dispatch import score_all
+from workers.evaluation.failures import count_failures
 from workers.evaluation.files import write_files
 from workers.evaluation.job import Item, Job, plan_items, seed_blocks
 from workers.evaluation.ledger import Ledger
@@ -151,9 +152,12 @@ def _frame(job: Job, ledger: Ledger) -> pd.DataFrame:
                 **{name: row[score_column(job, name)] for name in job.rewards},
                 **{name: row.get(name, np.nan) for name in measured},
                 "rows": row["rows"] - surplus[cell],
+                # parts from before failures were noted hold none
+                "failed": int(row.get("failed", 0)),
             }
         )
-    return pd.DataFrame(records).sort_values(["cell", "prompt_index", "seed"], ignore_index=True)
+    frame = pd.DataFrame(records).sort_values(["cell", "prompt_index", "seed"], ignore_index=True)
+    return count_failures(frame, list(job.rewards))
 
 
 def _measuring_rows(job: Job, cell: int) -> int:

@@ -33,7 +33,7 @@ def oracle_columns(basis: Sequence[str]) -> list[str]:
 def rival_columns(*, judged: bool = False) -> list[str]:
     """The columns of the table of rivals, which an evaluation without oracles has as well."""
     means = MEANS if judged else MEANS[:-1]
-    return ["method", "preferences", *_spanned("share_of_oracle"), *_spanned("difference"), *means]
+    return ["method", "preferences", *_spanned("share_of_oracle"), *_spanned("difference"), "failed", *means]
 
 
 def oracle_table(cells: Sequence[Cell], basis: Sequence[str], shares: Shares, summary: pd.DataFrame) -> pd.DataFrame:
@@ -76,6 +76,7 @@ def rival_table(cells: Sequence[Cell], shares: Shares, summary: pd.DataFrame) ->
                 "preferences": len(mine),
                 **named("share_of_oracle", ratio(*shares.gain(mine), *shares.gain(oracles), shares.level)),
                 **named("difference", _difference(shares, both)),
+                "failed": summary["failed"].iloc[mine].sum(),
                 **{name: summary[name].iloc[mine].mean() for name in MEANS if name in summary},
             }
         )

@@ -26,7 +26,7 @@ PLACEMENT = {
 # Columns that are there whatever is evaluated.
 COLUMNS = {
     *("cell", "method", "kl_lambda", "prompt", "prompt_index", "seed", "diversity", "rows", "path_kl", "seconds"),
-    *("decodes", "gradients", "memory_mb", *VERDICTS),
+    *("decodes", "gradients", "memory_mb", "failed", *VERDICTS),
     *("prompts", "samples", "weighted_gain", "share", "switch_share", "pareto"),
 }
 

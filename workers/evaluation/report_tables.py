@@ -84,6 +84,7 @@ def methods_table(analysis: Analysis) -> Table:
         ("Reward space", _ratio),
         ("Short of the best (IGD+)", lambda row: _spanned(row, "igd")),
         *_cost_columns(rows),
+        *_failure_column(rows),
         *_judge_columns(("binding_right",)),
     ]
     explained = set(analysis.rivals["method"])
@@ -112,6 +113,7 @@ def rivals_table(analysis: Analysis) -> Table | None:
         *_cost_columns(rows),
         ("Diversity", lambda row: _number(row, "diversity")),
         ("Path KL", lambda row: _number(row, "path_kl")),
+        *_failure_column(rows),
         *_judge_columns(("binding_right",)),
     ]
     return _table(names, rows, columns)
@@ -132,6 +134,7 @@ def results_table(analysis: Analysis) -> Table:
         ("Diversity", lambda row: _number(row, "diversity")),
         ("Path KL", lambda row: _number(row, "path_kl")),
         *_cost_columns(rows),
+        *_failure_column(rows),
         *_judge_columns(tuple(JUDGE_HEADS)),
     ]
     return _table(names, rows, columns)
@@ -197,7 +200,8 @@ def _members(analysis: Analysis, front: str) -> pd.DataFrame:
 
 def _means(cells: pd.DataFrame) -> dict[str, float]:
     names = ("rows", "decodes", "gradients", "seconds", "memory_mb", "binding_right")
-    return {name: float(cells[name].mean()) for name in names if name in cells}
+    means = {name: float(cells[name].mean()) for name in names if name in cells}
+    return {**means, "failed": float(cells["failed"].sum())}
 
 
 def _cost_columns(rows: Sequence[Row]) -> list[Column]:
@@ -211,6 +215,11 @@ def _cost_columns(rows: Sequence[Row]) -> list[Column]:
         ("Seconds per image", lambda row: _number(row, "seconds", 2)),
         ("Memory, MB", lambda row: _number(row, "memory_mb", 0)),
     ]
+
+
+def _failure_column(rows: Sequence[Row]) -> list[Column]:
+    """Shown only where something failed."""
+    return [("Failed images", lambda row: _number(row, "failed", 0))] if any(row["failed"] > 0 for row in rows) else []
 
 
 def _judge_columns(names: Sequence[str]) -> list[Column]:

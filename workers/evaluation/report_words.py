@@ -20,6 +20,7 @@ def lede(analysis: Analysis) -> list[str]:
             "The adapters do not clearly improve their own rewards over the base model on these prompts, so how much "
             "of their gain a blend keeps cannot be said. More prompts or longer training would help.",
             *_beside_retraining(analysis),
+            *_failures(analysis),
         ]
     first = overall.iloc[0]
     sentences = [
@@ -35,7 +36,19 @@ def lede(analysis: Analysis) -> list[str]:
     rivals = [_against(row, first["preferences"]) for row in others.to_dict("records")]
     if rivals:
         sentences.append(f"{'; '.join(rivals)}.")
-    return sentences
+    return [*sentences, *_failures(analysis)]
+
+
+def _failures(analysis: Analysis) -> list[str]:
+    """Which rivals made images that are none, and how often."""
+    failing = analysis.summary[analysis.summary["failed"] > 0]
+    told = [
+        f"{method_label(str(method))} in {rows['failed'].sum()} of {rows['samples'].sum()}"
+        for method, rows in failing.groupby("method", sort=False)
+    ]
+    if not told:
+        return []
+    return [f"Not every attempt ended in an image: {'; '.join(told)} failed. Each counts as the worst one there is."]
 
 
 def _beside_retraining(analysis: Analysis) -> list[str]:

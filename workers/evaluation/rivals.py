@@ -43,6 +43,11 @@ class Rival:
         return self.kind in ("best_of", "code", "rgg")
 
     @property
+    def may_fail(self) -> bool:
+        """Whether a sample of it that is not finite is a finding: LoRA Composite is the blend at equal weights."""
+        return self.kind != "composite"
+
+    @property
     def needs_gradients(self) -> bool:
         return self.kind == "rgg"
 

@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from blend.engine import BlendEngine, Sample
+from blend.engine import BlendEngine, DenoisingError, Output, Sample
 from blend.metrics import diversity
 from blend.rewards import MovableReward, Reward, RewardError, load_reward, start_scoring
 from blend.rewards.weighted import WeightedReward
 from workers.bundles import load_engine
 from workers.evaluation.config import EvaluationError
+from workers.evaluation.failures import GREY, without_failures
 from workers.evaluation.job import Item, Job
 from workers.evaluation.memory import PeakMemory
 from workers.evaluation.rivals import Rival, search
@@ -44,7 +45,7 @@ class Scored:
 class Drawn:
     """One image as latents, and what it took."""
 
-    latents: torch.Tensor
+    latents: torch.Tensor | None  # [C, h, w]; None where a rival failed
     rows: int
     decodes: int = 1
     gradients: int = 0
@@ -103,10 +104,10 @@ class Scorer:
         self._memory.reset()
         started = time.perf_counter()
         drawn = self._draw(item.cell, samples)
-        images = self._engine.decode([one.latents for one in drawn])
+        images, failed = self._decode(item.cell, samples, drawn)
         seconds = (time.perf_counter() - started) / len(samples)
         memory = self._memory.peak_mb()
-        columns = self._columns(item, images, [sample.prompt for sample in samples])
+        columns = self._columns(item, images, failed, [sample.prompt for sample in samples])
         return Scored(
             item,
             [
@@ -119,6 +120,7 @@ class Scorer:
                     "rows": one.rows,
                     "decodes": one.decodes,
                     "gradients": one.gradients,
+                    "failed": int(failed[position]),
                     "path_kl": np.nan if one.path_kl is None else one.path_kl,
                     "seconds": seconds,
                     "memory_mb": memory,
@@ -136,16 +138,7 @@ class Scorer:
         rival = self._job.rival(cell)
         if rival is not None and rival.searches:
             return self._search(cell, rival, samples)
-        outputs = self._engine.run(samples)
-        failed = next((output.error for output in outputs if output.error is not None), None)
-        if failed is not None:
-            raise EvaluationError(f"generation failed: {failed}") from failed
-        drawn = []
-        for output in outputs:
-            assert output.latents is not None
-            kl = None if output.path_kl is None else output.path_kl * output.latents.numel()
-            drawn.append(Drawn(output.latents, output.rows, path_kl=kl))
-        return drawn
+        return [_drawn(output, rival) for output in self._engine.run(samples)]
 
     def _search(self, cell: int, rival: Rival, samples: list[Sample]) -> list[Drawn]:
         job, weights = self._job, self._job.weights(cell)
@@ -162,7 +155,24 @@ class Scorer:
         # the image that is kept was decoded for its score, or is decoded once more
         return [Drawn(one.latents, one.cost.rows, max(1, one.cost.decodes), one.cost.gradients) for one in found]
 
-    def _columns(self, item: Item, images: torch.Tensor, prompts: list[str]) -> dict[str, list[Any]]:
+    def _decode(
+        self, cell: int, samples: Sequence[Sample], drawn: Sequence[Drawn]
+    ) -> tuple[torch.Tensor, NDArray[np.bool_]]:
+        """Images [B, 3, H, W] in [0, 1], grey where a rival failed, and where it did [B]."""
+        rival, model = self._job.rival(cell), self._engine.model
+        latents = {place: one.latents for place, one in enumerate(drawn) if one.latents is not None}
+        height, width = samples[0].height or model.default_height, samples[0].width or model.default_width
+        images = torch.full((len(drawn), 3, height, width), torch.nan, device=model.device)
+        if latents:
+            images[list(latents)] = self._engine.decode(list(latents.values()))
+        if rival is None or not rival.may_fail:
+            return images, np.zeros(len(drawn), dtype=bool)
+        sound = images.isfinite().flatten(1).all(1)
+        return torch.where(sound.view(-1, 1, 1, 1), images, GREY), ~sound.cpu().numpy()
+
+    def _columns(
+        self, item: Item, images: torch.Tensor, failed: NDArray[np.bool_], prompts: list[str]
+    ) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {}
         waits = {name: self._start(name, images, prompts) for name in self._job.rewards}
         for name, wait in waits.items():
@@ -172,13 +182,24 @@ class Scorer:
                 raise EvaluationError(f"rewards: {name} gave {values} for {len(prompts)} images", "rewards")
             columns[score_column(self._job, name)] = values.tolist()
         array, seeds = images.detach().cpu().numpy(), len(item.seeds)
-        groups = [diversity(array[start : start + seeds]) for start in range(0, len(array), seeds)]
-        columns["diversity"] = np.concatenate(groups).tolist()
+        groups = [slice(start, start + seeds) for start in range(0, len(array), seeds)]
+        spread = [without_failures(diversity, array[group], failed[group]) for group in groups]
+        columns["diversity"] = np.concatenate(spread).tolist()
         return columns | (judge_images(images, prompts) if self._job.config.judge else {})
 
     def _start(self, name: str, images: torch.Tensor, prompts: list[str]) -> Callable[[], torch.Tensor]:
         with _naming(name, prompts):
             return start_scoring(self._reward(name), images, prompts)
+
+
+def _drawn(output: Output, rival: Rival | None) -> Drawn:
+    """What the engine made; EvaluationError for an error that is no finding about a rival."""
+    if output.latents is None:
+        if rival is not None and rival.may_fail and isinstance(output.error, DenoisingError):
+            return Drawn(None, output.rows)
+        raise EvaluationError(f"generation failed: {output.error}") from output.error
+    kl = None if output.path_kl is None else output.path_kl * output.latents.numel()
+    return Drawn(output.latents, output.rows, path_kl=kl)
 
 
 def open_engine(job: Job, device: str) -> BlendEngine:
