@@ -9,13 +9,15 @@ from xdist.scheduler import LoadFileScheduling
 
 # Fixtures that start something large, once for all tests of a process; a file that uses both counts to the first.
 SERVERS = ("prefect", "cluster")
+# Takes as long as the others of its server together: they would keep one worker busy after all else has ended.
+ALONE = ("test_training_faults.py",)
 USES = {name: re.compile(rf"def \w+\([^)]*\b{name}\b|usefixtures\(.*\"{name}\"") for name in SERVERS}
 
 
 @cache
 def server_of(path: Path) -> str | None:
     """The server that tests of a file share with those of other files."""
-    text = path.read_text()
+    text = "" if path.name in ALONE else path.read_text()
     return next((name for name, uses in USES.items() if uses.search(text)), None)
 
 
@@ -23,7 +25,9 @@ def server_of(path: Path) -> str | None:
 def turn_of(path: Path) -> tuple[int, str]:
     """What a file's tests are sorted by: servers, then files with slow tests, then the others."""
     server = server_of(path)
-    return (0, server) if server else (1 if "mark.slow" in path.read_text() else 2, "")
+    if server or path.name in ALONE:
+        return 0, server or ""
+    return 1 if "mark.slow" in path.read_text() else 2, ""
 
 
 @pytest.hookimpl(tryfirst=True)
