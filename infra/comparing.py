@@ -10,7 +10,8 @@ A comparison has these keys; figures are null where a summary has none.
     against         the same of the earlier one, and its role, such as "the champion"; null when not compared
     fronts          [{front, then, now, change, verdict}]: hypervolumes
     methods         [{method, then, now, change, verdict, rows: {then, now}, seconds: {then, now}}]: share of the gain,
-                    and the cost of an image, averaged over the method's mixes at lambda 1
+                    and the cost of an image, averaged over the method's mixes at lambda 1; seconds are null where
+                    they hold what measuring the path KL took
     cells           [{method, weights: {adapter: weight}, kl_lambda, rewards: {reward: {then, now, change, verdict}}}]
 
 `then` and `now` of a line are {mean, low, high}; `change` is now.mean - then.mean. Only what both measured is there:
@@ -184,10 +185,13 @@ def _figure(row: Mapping[str, Any], name: str) -> dict[str, float | None]:
 
 
 def _cost(method: str, now: Summary, then: Summary) -> Json:
-    return {
-        name: {"then": _mean(_members(method, then), name), "now": _mean(_members(method, now), name)}
-        for name in ("rows", "seconds")
+    sides = {"then": then, "now": now}
+    rows = {side: _mean(_members(method, summary), "rows") for side, summary in sides.items()}
+    seconds = {
+        side: None if summary["facts"].get("path_kl") else _mean(_members(method, summary), "seconds")
+        for side, summary in sides.items()
     }
+    return {"rows": rows, "seconds": seconds}
 
 
 def _mean(cells: Mapping[Any, Json], name: str) -> float | None:

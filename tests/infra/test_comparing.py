@@ -116,6 +116,12 @@ def test_lines_carry_figures_changes_and_costs():
     assert rows(found)[-1]["change"] == "+0 points"
 
 
+def test_seconds_that_hold_the_measuring_of_path_kl_are_no_cost():
+    [method] = compare(summary(path_kl=True), summary())["methods"]
+    assert method["seconds"] == {"then": 0.8, "now": None}
+    assert method["rows"] == {"then": 80.0, "now": 80.0}
+
+
 def test_cells_alone_are_no_regression():
     now = summary()
     now["cells"][-1] = cell("mpa", 0.5, warmth=-9.0)

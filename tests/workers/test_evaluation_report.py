@@ -87,6 +87,12 @@ def page(request):
     return Page(request.getfixturevalue(request.param))
 
 
+def test_seconds_are_left_out_where_they_hold_the_measuring_of_path_kl(plain, full):
+    assert "Seconds per image" in plain
+    assert "Seconds per image" not in full
+    assert "Seconds are left out: they hold what measuring the path KL took" in full
+
+
 def test_every_figure_says_in_words_what_it_shows(page):
     figures = page.all("figure")
     images = [element for element in page.all("img") if "figure" in element["within"]]

@@ -59,6 +59,11 @@ class Analysis:
         """The distinct objectives, in basis order."""
         return tuple(dict.fromkeys(self.objectives))
 
+    @property
+    def timed(self) -> bool:
+        """Whether seconds are what an image takes: where the path KL was measured, they hold that as well."""
+        return bool(self.summary["path_kl"].isna().all())
+
 
 class _Draws:
     """Values [cells, prompts, columns] and their bootstrap means [resamples, cells, columns]."""

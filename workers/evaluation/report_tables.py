@@ -83,7 +83,7 @@ def methods_table(analysis: Analysis) -> Table:
         (f"Against {first}", _points),
         ("Reward space", _ratio),
         ("Short of the best (IGD+)", lambda row: _spanned(row, "igd")),
-        *_cost_columns(rows),
+        *_cost_columns(rows, timed=analysis.timed),
         *_failure_column(rows),
         *_judge_columns(("binding_right",)),
     ]
@@ -110,7 +110,7 @@ def rivals_table(analysis: Analysis) -> Table | None:
     columns: list[Column] = [
         ("Of the retrained model’s gain", lambda row: _spanned(row, "share_of_oracle", percent)),
         (f"Against {method_label('mpa')}", lambda row: _signed_cell(row, "difference", 2)),
-        *_cost_columns(rows),
+        *_cost_columns(rows, timed=analysis.timed),
         ("Diversity", lambda row: _number(row, "diversity")),
         ("Path KL", lambda row: _number(row, "path_kl")),
         *_failure_column(rows),
@@ -133,7 +133,7 @@ def results_table(analysis: Analysis) -> Table:
         ("Gain kept", _share),
         ("Diversity", lambda row: _number(row, "diversity")),
         ("Path KL", lambda row: _number(row, "path_kl")),
-        *_cost_columns(rows),
+        *_cost_columns(rows, timed=analysis.timed),
         *_failure_column(rows),
         *_judge_columns(tuple(JUDGE_HEADS)),
     ]
@@ -204,15 +204,18 @@ def _means(cells: pd.DataFrame) -> dict[str, float]:
     return {**means, "failed": float(cells["failed"].sum())}
 
 
-def _cost_columns(rows: Sequence[Row]) -> list[Column]:
-    """Decodes and gradients are shown only where some method needs more of them than a plain image."""
+def _cost_columns(rows: Sequence[Row], *, timed: bool) -> list[Column]:
+    """Decodes and gradients are shown only where some method needs more of them than a plain image.
+
+    Seconds only where they are the method's alone: which rows measured the path KL is known, how long they took is not.
+    """
     searched = any((row.get("decodes") or 0) > 1 for row in rows)
     guided = any((row.get("gradients") or 0) > 0 for row in rows)
     return [
         ("UNet rows per image", lambda row: _number(row, "rows", 0)),
         *([("Decodes", lambda row: _number(row, "decodes", 0))] if searched else []),
         *([("Rows run backward", lambda row: _number(row, "gradients", 0))] if guided else []),
-        ("Seconds per image", lambda row: _number(row, "seconds", 2)),
+        *([("Seconds per image", lambda row: _number(row, "seconds", 2))] if timed else []),
         ("Memory, MB", lambda row: _number(row, "memory_mb", 0)),
     ]
 
