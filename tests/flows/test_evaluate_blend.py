@@ -14,6 +14,8 @@ from infra.errors import IntegrityError
 from infra.storage import open_store
 from workers.evaluation import EvaluationError
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 
 @pytest.fixture(scope="module")
 def answer(prefect, rivals_store_url, tmp_path_factory):

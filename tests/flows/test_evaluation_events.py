@@ -12,7 +12,7 @@ from infra.manifests import BundleDefaults
 from infra.registry import Registry
 from infra.storage import open_store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_figures")]
 
 
 @pytest.fixture(scope="module")
