@@ -16,6 +16,8 @@ from workers.evaluation.ledger import Ledger
 from workers.evaluation.rivals import parse_rival
 from workers.evaluation.storing import prepare, ready
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 PROMPTS = ("A red colored car.", "A blue colored cup.", "A green colored fish.")
 RUN = """
 name = "template"

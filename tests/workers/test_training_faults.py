@@ -68,12 +68,12 @@ def test_killed_workers_change_no_bit(cluster, kills, tiny_sd_dir, tmp_path):
 @pytest.mark.slow
 def test_killed_processes_without_ray_change_no_bit(kills, settings, tmp_path):
     """Each process goes on for a random while after a checkpoint of its own, and is killed there."""
-    config = TrainConfig.parse({**settings, "num_workers": 0, "iterations": 40})
+    config = TrainConfig.parse({**settings, "num_workers": 0, "iterations": 24})
     whole = fit_basis(config, output_dir=tmp_path / "whole", show_bar=False)
     chance, context = random.Random(0), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["workers.training"])
     directory, kept = tmp_path / "killed", []
-    for _ in range(4):
+    for _ in range(3):
         process = context.Process(
             target=fit_basis, args=(config,), kwargs={"output_dir": directory, "show_bar": False}, daemon=True
         )
