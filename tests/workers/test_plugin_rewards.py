@@ -17,6 +17,8 @@ from workers.evaluation.storing import prepare
 from workers.reward_actors import remote_rewards, reward_actors
 from workers.training import TrainJob
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
+
 CONFIG = EvaluateConfig(
     bundle="rivals@1",
     prompts=("A red colored car.", "A blue colored cup."),
