@@ -22,12 +22,18 @@ class Load:
     rows_per_s: float
 
 
-def late(max_queue_s: float, backlog_s: float) -> QueueFullError:
+def late(rows: int, load: Load, *, max_queue_s: float) -> QueueFullError:
     """The refusal of a request that was let in by a forecast which did not hold: the machine has become slower."""
-    wait = max(1, math.ceil(backlog_s))
+    queued = load.rows / load.rows_per_s
+    why = f"the queue is full: the request has waited {max_queue_s:g} s, which is the bound, {queued:.1f} s of work are"
+    return _full(f"{why} waiting", rows, load, queued)
+
+
+def _full(why: str, rows: int, load: Load, wait_s: float) -> QueueFullError:
+    wait = max(1, math.ceil(wait_s))
     return QueueFullError(
-        f"the queue is full: the request has waited {max_queue_s:g} s, which is the bound, and {backlog_s:.1f} s of "
-        f"work are waiting; try again in about {wait} s",
+        f"{why}, and this request needs {rows / load.rows_per_s:.1f} s ({rows} UNet rows at {load.rows_per_s:.0f} a "
+        f"second); try again in about {wait} s",
         wait,
     )
 
@@ -64,9 +70,5 @@ def check_room(rows: int, load: Load, *, max_queue_s: float, deadline_s: float |
         why, held, limit = "the deadline cannot be met", queued, deadline_s
     else:
         return
-    wait = max(1, math.ceil(min(held + needed - limit, held)))
-    raise QueueFullError(
-        f"{why}: {held:.1f} s of work are waiting, of at most {limit:g} s, and this request needs {needed:.1f} s "
-        f"({rows} UNet rows at {load.rows_per_s:.0f} a second); try again in about {wait} s",
-        wait,
-    )
+    why = f"{why}: {held:.1f} s of work are waiting, of at most {limit:g} s"
+    raise _full(why, rows, load, min(held + needed - limit, held))

@@ -41,8 +41,18 @@ class Refusal(BaseModel):
     param: str | None = None
     retry_after_s: int | None = None
 
-    def body(self) -> dict[str, dict[str, str | None]]:
+    def body(self) -> dict[str, dict[str, str | int | None]]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param}}
+
+    def event(self) -> dict[str, dict[str, str | int | None]]:
+        """The body that ends a stream, with what would have been the header Retry-After of an answer."""
+        wait = {} if self.retry_after_s is None else {"retry_after_s": self.retry_after_s}
+        return {"error": {**self.body()["error"], **wait}}
+
+
+def unavailable(message: str, retry_after_s: int = 5) -> Refusal:
+    """The service cannot answer now and may soon: send the request again."""
+    return Refusal(status=503, message=message, type="unavailable_error", retry_after_s=retry_after_s)
 
 
 def draw_seed() -> int:
@@ -180,9 +190,12 @@ class GenerationResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
+    """`retry_after_s` only in an event that ends a stream; elsewhere it is the header Retry-After."""
+
     message: str
     type: str
     param: str | None = None
+    retry_after_s: int | None = None
 
 
 class ErrorAnswer(BaseModel):

@@ -18,7 +18,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from workers.api import Health, Refusal
+from workers.api import Health, Refusal, unavailable
 from workers.engine_args import ServeArgs
 from workers.model_card import ModelCard
 from workers.tokens import Tokens
@@ -106,7 +106,7 @@ def wait_until_served(bundle: str, ref: str) -> Health | Refusal:
             return told[0]
         time.sleep(POLL_S)
     message = f"{bundle} is still being loaded after {DEPLOY_TIMEOUT_S:g} s; see /readyz"
-    return Refusal(status=503, message=message, type="unavailable_error", retry_after_s=30)
+    return unavailable(message, retry_after_s=30)
 
 
 def address() -> str:

@@ -4,6 +4,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from workers.bundles import DEFAULT_BUNDLE
 
+# HTTP requests that are answered at once, waiting ones included, unless told otherwise.
+MAX_CONCURRENT = 512
+
 
 class EngineArgs(BaseModel):
     """Which basis to load and how to run it: a bundle from the registry, or a base with adapters by path."""
@@ -65,7 +68,7 @@ class ServeArgs(EngineArgs):
     # forecast seconds of work that may wait before requests are answered 429; one client may fill half of them
     max_queue_s: float = Field(20.0, gt=0, allow_inf_nan=False)
     # HTTP requests that are answered at once, waiting ones included
-    max_concurrent: int = Field(512, ge=1)
+    max_concurrent: int = Field(MAX_CONCURRENT, ge=1)
     # file with the sha256 of bearer tokens (workers.tokens); None: whoever reaches the port may ask for images
     tokens: str | None = None
     # a bundle named by an alias is looked up again so often; 0: never

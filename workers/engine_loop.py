@@ -87,8 +87,7 @@ class EngineLoop:
         with self._lock:
             if not (admitted or probe):
                 job.start_by = job.arrived + self.max_queue_s
-                load = Load(self._left(), self._left(client), self.rows_per_s)
-                check_room(forecast.rows, load, max_queue_s=self.max_queue_s, deadline_s=deadline_s)
+                check_room(forecast.rows, self._load(client), max_queue_s=self.max_queue_s, deadline_s=deadline_s)
             self._jobs.add(job)
         self._orders.put(("submit", job))
         if not self.alive:
@@ -116,6 +115,9 @@ class EngineLoop:
 
     def _left(self, client: str | None = None) -> float:
         return sum(job.left for job in list(self._jobs) if not job.probe and client in (None, job.client))
+
+    def _load(self, client: str) -> Load:
+        return Load(self._left(), self._left(client), self.rows_per_s)
 
     def _run(self) -> None:
         try:
@@ -155,7 +157,7 @@ class EngineLoop:
                 self._fail(job, DeadlineError("the deadline passed before the images were ready"))
             elif job.start_by is not None and now > job.start_by and not job.tickets:
                 self._abort(job)
-                self._fail(job, late(self.max_queue_s, self.backlog_s))
+                self._fail(job, late(job.forecast.rows, self._load(job.client), max_queue_s=self.max_queue_s))
 
     def _feed(self) -> None:
         """Hand samples to the engine as far as rows are free; what waits, waits here, where it is fair."""

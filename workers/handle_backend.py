@@ -13,12 +13,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from workers.api import Caller, GenerationRequest, GenerationResponse, Health, Refusal
+from workers.api import Caller, GenerationRequest, GenerationResponse, Health, Refusal, unavailable
 from workers.deploying import ServingError, change_bundle, wait_until_served
 from workers.events import Event, PartialImageEvent, ProgressEvent
 from workers.latest_evaluation import LatestEvaluation
 from workers.model_card import ModelCard
-from workers.routes import unavailable
 
 log = logging.getLogger(__name__)
 

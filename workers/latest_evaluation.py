@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from infra.errors import InfraError
 from infra.evaluations import evaluations_behind, evaluations_of
 from infra.storage import open_store
-from workers.api import Refusal
+from workers.api import Refusal, unavailable
 from workers.bundles import find_record
 from workers.engine_args import EngineArgs
 from workers.loading import settings_of
@@ -60,7 +60,7 @@ def latest_evaluation(args: EngineArgs, card: ModelCard) -> LatestEvaluation | R
         own = evaluations_of(open_store(settings.store_url, settings), record)
         found = own or evaluations_behind(registry, record)
     except InfraError as error:
-        return Refusal(status=503, message=f"evaluations cannot be read now: {error}", type="unavailable_error")
+        return unavailable(f"evaluations cannot be read now: {error}")
     if not found:
         remedy = f"diffusion-blend evaluate infra/runs/evaluate_quick.toml --bundle {ref}"
         return _none(f"{ref} was never evaluated: run `{remedy}`")

@@ -25,7 +25,9 @@ from workers.api import (
     bad_request,
     read_bundle_change,
     read_request,
+    unavailable,
 )
+from workers.engine_args import MAX_CONCURRENT
 from workers.events import Event
 from workers.guard import CLIENT_LEFT, Access, Guard, answer_of
 from workers.latest_evaluation import LatestEvaluation
@@ -40,7 +42,6 @@ PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 READY_TIMEOUT_S = 10.0
 BODY_TIMEOUT_S = 15.0
-MAX_CONCURRENT = 512
 MAX_DEADLINE_S = 3_600.0
 T = TypeVar("T")
 
@@ -157,10 +158,6 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/page/{name}", include_in_schema=False)
     async def page(name: str) -> Response:
         return send(name)
-
-
-def unavailable(message: str, retry_after_s: int = 5) -> Refusal:
-    return Refusal(status=503, message=message, type="unavailable_error", retry_after_s=retry_after_s)
 
 
 def _answer(outcome: BaseModel) -> Response:

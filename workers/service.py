@@ -5,7 +5,6 @@ import base64
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Literal
 
 from blend.engine import DenoisingError, Sample, SampleError
 from blend.preference import Preference
@@ -19,6 +18,7 @@ from workers.api import (
     Refusal,
     RequestError,
     Usage,
+    unavailable,
 )
 from workers.engine_loop import EngineLoop
 from workers.events import Event, PartialImageEvent, ProgressEvent, completed_events
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 WARM_UP_TIMEOUT_S = 300.0
 # A busy engine that has not ended a step for so long is stuck.
 STALL_S = 120.0
-Kind = Literal["server_error", "unavailable_error"]
 
 
 class GenerationService:
@@ -116,12 +115,12 @@ class GenerationService:
         """Ready while the last forward went well; after a fault one probing forward decides."""
         fault = self.loop.fault
         if not self.loop.alive:
-            return _failure(503, "unavailable_error", fault or "the engine thread has ended")
+            return unavailable(fault or "the engine thread has ended")
         if fault is not None:
             try:
                 await self._try_forward()
             except EngineFaultError:
-                return _failure(503, "unavailable_error", self.loop.fault or fault)
+                return unavailable(self.loop.fault or fault)
         return Health(status="ready", bundle=self.opened.card.bundle)
 
     async def check(self) -> None:
@@ -226,7 +225,7 @@ def _refusal_of(error: Exception) -> Refusal:
         case DeadlineError():
             return Refusal(status=408, message=f"{error}; allow more time or ask for less", type="timeout_error")
         case EngineFaultError():
-            return _failure(503, "unavailable_error", str(error))
+            return unavailable(str(error))
         case DenoisingError():
             return Refusal(status=400, message=str(error), param="guidance_scale")
         case SampleError(param="height" | "width"):
@@ -236,7 +235,3 @@ def _refusal_of(error: Exception) -> Refusal:
             log.warning("the engine refused a planned sample", exc_info=error)
             return Refusal(status=400, message=str(error))
     raise error
-
-
-def _failure(status: int, kind: Kind, message: str) -> Refusal:
-    return Refusal(status=status, message=message, type=kind, retry_after_s=5)

@@ -86,5 +86,5 @@ async def first_event(request: Request, events: AsyncIterator[Event | Refusal]) 
 def encode_event(event: Event | Refusal) -> bytes:
     """One event in the format of the HTML standard (section 9.2)."""
     if isinstance(event, Refusal):
-        return f"event: error\ndata: {json.dumps(event.body())}\n\n".encode()
+        return f"event: error\ndata: {json.dumps(event.event())}\n\n".encode()
     return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n".encode()

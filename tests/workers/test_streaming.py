@@ -14,6 +14,7 @@ from workers.api import Caller, GenerationRequest, Refusal
 from workers.images import ImageFactsError, read_facts
 from workers.routes import create_http
 from workers.service import GenerationService
+from workers.streaming import encode_event
 
 BASE = {
     "prompt": "a red car",
@@ -95,6 +96,7 @@ def test_a_failure_on_the_way_is_an_error_event(client, opened, monkeypatch):
         events = [event for event in stream_raw(client) if "error" in event]
     assert len(events) == 1
     assert events[0]["error"]["type"] == "unavailable_error"
+    assert events[0]["error"]["retry_after_s"] == 5
     assert "secret" not in json.dumps(events)
     assert client.get("/readyz").status_code == 200
 
@@ -125,9 +127,12 @@ def test_no_one_waits_longer_than_the_bound_even_where_the_forecast_was_wrong(op
     refused = [answer for answer in answers if isinstance(answer, Refusal)]
     assert {answer.status for answer in refused} == {429}
     assert all("has waited 0.5 s" in answer.message and answer.retry_after_s >= 1 for answer in refused)
+    # 60 steps of 8 images, conditional and not, for two adapters
+    assert all(f"({60 * 8 * 4} UNet rows at" in answer.message for answer in refused)
     assert all(answer.usage.queue_ms < 1e3 * 2 for answer in answers if not isinstance(answer, Refusal))
     assert len(refused) < len(answers)
     wait_until(lambda: service.loop.in_flight == 0)
+    service.close()
     service.close()
 
 
@@ -200,3 +205,26 @@ def test_health_is_a_forward_when_idle_and_progress_when_busy(opened, monkeypatc
     service.close()
     with pytest.raises(EngineFaultError, match="ended"):
         asyncio.run(service.check())
+
+
+def test_a_refusal_after_a_stream_began_says_when_to_try_again_as_the_header_would_have(opened):
+    """The same wrong forecast: the last in the queue are turned away when their streams have begun."""
+    service = GenerationService(opened, max_queue_s=0.5)
+    for _ in range(200):
+        service.loop._rate.observe(1e6, 1e-3, weight=1.0)
+    request = GenerationRequest(**{**BASE, "n": 8, "num_inference_steps": 60, "stream": True})
+
+    async def follow(client: str) -> list:
+        return [event async for event in service.stream(request, Caller(client=client))]
+
+    async def run() -> list:
+        return await asyncio.gather(*(follow(str(i)) for i in range(12)))
+
+    ends = [events[-1] for events in asyncio.run(run()) if isinstance(events[-1], Refusal) and len(events) > 1]
+    assert ends
+    for refusal in ends:
+        told = json.loads(encode_event(refusal).decode().split("data: ")[1])["error"]
+        assert told["type"] == "rate_limit_error"
+        assert told["retry_after_s"] == refusal.retry_after_s >= 1
+    wait_until(lambda: service.loop.in_flight == 0)
+    service.close()

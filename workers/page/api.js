@@ -58,8 +58,8 @@ export async function streamImage(body, signal, { onProgress, onPreview }) {
 }
 
 /** What went wrong after the stream began; the engine may be back in a moment. */
-function brokenOff({ message, type, param }) {
-  return new ApiError(message, { status: 503, param, retryAfter: type === "unavailable_error" ? USUAL_WAIT_S : null });
+function brokenOff({ message, type, param, retry_after_s: retryAfter = null }) {
+  return new ApiError(message, { status: type === "rate_limit_error" ? 429 : 503, param, retryAfter });
 }
 
 const pngUrl = (base64) => `data:image/png;base64,${base64}`;
