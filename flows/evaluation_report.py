@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from infra.comparing import BETTER, NOT_COMPARED, UNKNOWN, WORSE, in_words, rows
+from infra.comparing import BETTER, NOT_COMPARED, UNKNOWN, WORSE, change_in_words, in_words, rows
 
 Json = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def comparison_table(comparison: Json) -> list[dict[str, str]]:
             "what": f"{reward}: {_cell_name(cell)}",
             "then": in_words(line["then"]),
             "now": in_words(line["now"]),
-            "change": "" if line["change"] is None else f"{line['change']:+.3g}",
+            "change": change_in_words(line["change"]),
             "verdict": line["verdict"],
         }
         for cell in comparison["cells"]

@@ -84,12 +84,29 @@ def verdict_of(then: Mapping[str, float | None], now: Mapping[str, float | None]
 
 def in_words(figure: Mapping[str, float | None], percent: bool = False) -> str:
     """A mean and its interval, such as `46.6 (37.5 to 56.8)`."""
-    mean, low, high = (figure[key] for key in ("mean", "low", "high"))
+    mean, interval = mean_and_interval(figure, percent)
+    return f"{mean} ({interval})" if interval else mean
+
+
+def mean_and_interval(figure: Mapping[str, float | None], percent: bool = False) -> tuple[str, str]:
+    """The same in two parts, the second empty where no interval is known."""
+    mean, low, high = (figure.get(key) for key in ("mean", "low", "high"))
     if mean is None:
-        return UNKNOWN
+        return UNKNOWN, ""
     scale, unit = (100, " %") if percent else (1, "")
-    interval = "" if low is None or high is None else f" ({low * scale:.3g} to {high * scale:.3g})"
-    return f"{mean * scale:.3g}{unit}{interval}"
+    interval = "" if low is None or high is None else f"{_short(low * scale)} to {_short(high * scale)}"
+    return f"{_short(mean * scale)}{unit}", interval
+
+
+def change_in_words(change: float | None, percent: bool = False) -> str:
+    """A difference of two means, such as `+3` or `-1.25 points`."""
+    if change is None:
+        return UNKNOWN
+    return f"{change * 100:+.3g} points" if percent else f"{change:+.3g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def rows(comparison: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -101,7 +118,7 @@ def rows(comparison: Mapping[str, Any]) -> list[dict[str, str]]:
             "what": what,
             "then": in_words(line["then"], percent),
             "now": in_words(line["now"], percent),
-            "change": _signed(line["change"], percent),
+            "change": change_in_words(line["change"], percent),
             "verdict": line["verdict"],
         }
         for what, line, percent in lines
@@ -220,9 +237,3 @@ def _sentences(against: Json, lines: Json) -> list[str]:
 def _ref(bundle: BundleRecord, basis: str) -> str:
     link = bundle.adapters.get(basis)
     return link.ref if link else "none"
-
-
-def _signed(change: float | None, percent: bool) -> str:
-    if change is None:
-        return UNKNOWN
-    return f"{change * 100:+.3g} points" if percent else f"{change:+.3g}"

@@ -52,9 +52,14 @@ class Evaluation:
         return {row["front"]: row for row in self.summary["hypervolumes"] if is_own(row["front"], self.summary)}
 
 
+def bundle_folder(bundle_digest: str) -> str:
+    """Where a bundle's evaluations lie, each in a folder of its own, and beside them what they share."""
+    return f"{FOLDER}/{bundle_digest}"
+
+
 def evaluations_of(store: Store, bundle: BundleRecord) -> list[Evaluation]:
     """A bundle's finished evaluations, newest first. Raises IntegrityError for a damaged summary."""
-    folder = f"{FOLDER}/{bundle.digest}"
+    folder = bundle_folder(bundle.digest)
     found = []
     for digest in store.folders(folder):
         path = f"{folder}/{digest}"

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workers.evaluation.analysis import ADAPTERS_ALONE, analyse, front_members
+from infra.comparing import ADAPTERS_ALONE
+from workers.evaluation.analysis import analyse, front_members
 from workers.evaluation.config import EvaluateConfig
 from workers.evaluation.grid import ADAPTER, BASE, ORACLE, Cell
 from workers.evaluation.oracle_shares import oracle_columns, rival_columns

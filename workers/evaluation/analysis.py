@@ -16,13 +16,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from blend.metrics import Interval, hypervolume, igd_plus, interval, normalise, pareto_mask, resample_weights
+from infra.comparing import ADAPTERS_ALONE
 from workers.evaluation.config import EvaluateConfig
 from workers.evaluation.grid import ADAPTER, BASE, ORACLE, Cell
 from workers.evaluation.oracle_shares import oracle_table, rival_table
 from workers.evaluation.shares import UNDEFINED, Shares, named
 
 Array = NDArray[np.float64]
-ADAPTERS_ALONE = "adapters alone"
 # What a judge of images against prompts says: 1 or 0 for a sample, NaN for a prompt that it cannot read.
 VERDICTS = ("colour_right", "object_right", "binding_right")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,7 @@ class Job:
 
     def key(self, cell: int, prompt: str, seed: int) -> str:
         """What decides a sample, and nothing else, as a sha256."""
-        facts = [self._facts[cell], prompt, seed]
-        return hashlib.sha256(canonical({"sample": facts})).hexdigest()
+        return _key(self._facts[cell], prompt, seed)
 
     @cached_property
     def _facts(self) -> list[str]:
@@ -122,6 +121,12 @@ class Job:
                 [name, self.rewards[name], shares[one], scale] for one, name, scale in terms if one in shares
             ]
         return facts
+
+
+@lru_cache(maxsize=1 << 17)
+def _key(cell_facts: str, prompt: str, seed: int) -> str:
+    """Kept: every pass over a grid asks for it again."""
+    return hashlib.sha256(canonical({"sample": [cell_facts, prompt, seed]})).hexdigest()
 
 
 def seed_blocks(seeds: Sequence[int]) -> Iterator[tuple[int, ...]]:

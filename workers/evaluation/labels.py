@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workers.evaluation.analysis import ADAPTERS_ALONE
+from infra.comparing import ADAPTERS_ALONE
 from workers.evaluation.grid import ADAPTER, BASE, ORACLE
 from workers.evaluation.rivals import rival_of
 

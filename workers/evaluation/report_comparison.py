@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workers.evaluation.labels import method_label, number, percent, span
+from infra.comparing import in_words
+from workers.evaluation.labels import method_label, number, percent
 from workers.evaluation.plots import BLENDS
 from workers.evaluation.plots_drift import drift_png, lines_of
 from workers.evaluation.report_alts import drift_alt
 from workers.evaluation.report_pages import Chart, embed, environment
 from workers.evaluation.report_tables import cells_table, changes_table
-from workers.evaluation.report_words import count, span_percent
+from workers.evaluation.report_words import count
 from workers.evaluation.style import DARK, LIGHT
 
 Line = Mapping[str, Any]
@@ -100,21 +101,12 @@ def _told(part: str, line: Line) -> str:
     if part == "methods":
         points = (now["mean"] - then["mean"]) * 100
         more = f"{abs(points):.1f} points {'more' if points >= 0 else 'less'}"
-        kept = f"Gain kept by {method_label(line['method'])}: {_whole(now, percent)} after {_whole(then, percent)}"
+        kept = f"Gain kept by {method_label(line['method'])}: {in_words(now, True)} after {in_words(then, True)}"
         return f"{kept}, {more}."
     change = abs(now["mean"] / then["mean"] - 1) if then["mean"] else float("nan")
     more = f"{percent(change)} {'more' if now['mean'] >= then['mean'] else 'less'}"
     more = "nearly the same" if change < 0.005 else more
-    return f"Reward space reached, {method_label(line['front'])}: {_whole(now)} after {_whole(then)}, {more}."
-
-
-def _whole(figure: Mapping[str, float | None], words: Any = number) -> str:
-    """A mean with its interval."""
-    low, high = figure.get("low"), figure.get("high")
-    if low is None or high is None:
-        return str(words(figure["mean"]))
-    interval = span_percent(low, high) if words is percent else span(low, high)
-    return f"{words(figure['mean'])} ({interval})"
+    return f"Reward space reached, {method_label(line['front'])}: {in_words(now)} after {in_words(then)}, {more}."
 
 
 def _how_sure(lines: Sequence[tuple[str, Line]], kind: str, level: str) -> str:

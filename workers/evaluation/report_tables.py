@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from workers.evaluation.analysis import ADAPTERS_ALONE, Analysis
+from infra.comparing import ADAPTERS_ALONE, change_in_words, mean_and_interval
+from workers.evaluation.analysis import Analysis
 from workers.evaluation.grid import ADAPTER, BASE, ORACLE
 from workers.evaluation.labels import (
     cell_label,
@@ -142,13 +143,13 @@ def results_table(analysis: Analysis) -> Table:
 
 def changes_table(comparison: Mapping[str, Any]) -> Table:
     """The lines that a verdict rests on, then and now."""
-    parts = (("fronts", "front", "Reward space", number), ("methods", "method", "Gain kept", percent))
+    parts = (("fronts", "front", "Reward space", False), ("methods", "method", "Gain kept", True))
     found = [(part, line) for part in parts for line in lines_of(comparison, part[0])]
     names = [
         (f"{title}: {method_label(line[key])}", "", place > 0 and found[place - 1][0] is not found[place][0])
         for place, ((_, key, title, _), line) in enumerate(found)
     ]
-    rows = [{**line, "words": part[3]} for part, line in found]
+    rows = [{**line, "percent": part[3]} for part, line in found]
     return _table(names, rows, _change_columns())
 
 
@@ -162,31 +163,17 @@ def cells_table(comparison: Mapping[str, Any]) -> Table:
         for reward, line in cell["rewards"].items():
             if line.get("verdict") in MARKS:
                 names.append((f"{label}: {reward}", "", False))
-                rows.append({**line, "words": number})
+                rows.append({**line, "percent": False})
     return _table(names, rows, _change_columns())
 
 
 def _change_columns() -> list[Column]:
     return [
-        ("Then", lambda row: _figure(row["then"], row["words"])),
-        ("Now", lambda row: _figure(row["now"], row["words"])),
-        ("Change", _change),
+        ("Then", lambda row: Cell(*mean_and_interval(row["then"], row["percent"]))),
+        ("Now", lambda row: Cell(*mean_and_interval(row["now"], row["percent"]))),
+        ("Change", lambda row: Cell(change_in_words(row.get("change"), row["percent"]))),
         ("Verdict", lambda row: Cell(MARKS.get(row["verdict"], row["verdict"]), "", row["verdict"] in MARKS)),
     ]
-
-
-def _figure(figure: Mapping[str, float | None], words: Callable[[float], str]) -> Cell:
-    low, high = figure.get("low"), figure.get("high")
-    if low is None or high is None:
-        return Cell(words(figure["mean"] or 0.0))
-    return Cell(words(figure["mean"] or 0.0), span_percent(low, high) if words is percent else span(low, high))
-
-
-def _change(row: Row) -> Cell:
-    change = row.get("change")
-    if change is None:
-        return MISSING
-    return Cell(f"{_signed(change * 100, 1)} points" if row["words"] is percent else _signed(change, 3))
 
 
 def _members(analysis: Analysis, front: str) -> pd.DataFrame:

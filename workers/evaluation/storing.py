@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from blend.finetune.config import TrainConfig
 from infra.errors import ObjectExistsError
+from infra.evaluations import bundle_folder
 from infra.settings import Settings, read_settings
 from infra.storage import Store, open_store
 from workers.bundles import open_bundle
@@ -51,7 +52,7 @@ def open_ledger(planned: Plan, store: Store | None) -> Ledger:
     """What was scored before for this bundle, here and in the store, and where the rest goes. Raises InfraError."""
     bundle = planned.job.bundle.record.digest
     directory = read_settings().cache_dir / "evaluations" / "samples" / bundle
-    return Ledger(directory, store, f"evaluations/{bundle}/samples")
+    return Ledger(directory, store, f"{bundle_folder(bundle)}/samples")
 
 
 def run_directory(planned: Plan) -> Path:
@@ -61,7 +62,7 @@ def run_directory(planned: Plan) -> Path:
 
 def folder(planned: Plan) -> str:
     """The evaluation's folder in the store."""
-    return f"evaluations/{planned.job.bundle.record.digest}/{planned.digest}"
+    return f"{bundle_folder(planned.job.bundle.record.digest)}/{planned.digest}"
 
 
 def evaluation_store(store_url: str | None) -> Store:
