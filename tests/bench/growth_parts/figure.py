@@ -64,7 +64,7 @@ def _lines(table: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
 
 
 def _colour(method: str, theme: Theme) -> str:
-    return theme.muted if method == DRAWN else theme.colour(method)
+    return theme.ink if method == DRAWN else theme.colour(method)
 
 
 def _name_ends(figure: Figure, axes: Axes, table: pd.DataFrame, name: str, theme: Theme) -> None:

@@ -18,7 +18,7 @@ from workers.evaluation.scoring import open_engine
 from workers.evaluation.shares import named
 
 ROUNDS = 5
-PROMPTS, SEEDS = 2, 4  # of a batch
+PROMPTS, SEEDS = 1, 4  # of a batch
 
 
 def seconds_table(job: Job, rounds: int = ROUNDS) -> pd.DataFrame:
