@@ -63,7 +63,8 @@ def _compared(comparison: Json) -> list[str]:
         *comparison["sentences"],
         "What changed:\n" + "\n".join(changed),
         _table(("", "then", "now", "change", "verdict"), (row.values() for row in rows(comparison))),
-        "Intervals are those of the evaluations. Better and worse: either mean lies outside of the other's interval.",
+        "Intervals are those of the evaluations. Worse: the new mean lies below the old interval. Better: it lies "
+        "above it, and the old mean below the new interval. Hypervolumes decide, also whether it may be promoted.",
         "Cost of an image at lambda 1, in UNet rows and seconds:" if cost else "",
         _table(("", "rows then", "rows now", "seconds then", "seconds now"), cost) if cost else "",
     ]

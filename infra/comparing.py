@@ -18,12 +18,15 @@ A comparison has these keys; figures are null where a summary has none.
 fronts and methods over one grid of mixes, cells of the same method, weights and kl_lambda. The base's front, oracles
 and rivals are no fronts or methods of the bundle, and left out.
 
-A line is worse (or better) when its new mean lies outside the old interval, on that side, and the old mean outside the
-new one; "not known" when a figure is missing. Both evaluations have the same prompts and seeds and so err alike, which
-makes this rarer by chance than it is between independent figures: between those, of equal width, it asks for a
-difference of 1.4 standard errors. The verdict is a regression as soon as one front or one method is worse, an
-improvement when none is and one is better. Cells do not count: of so many, some differ by chance. A share is relative
-to the adapters' own gains, so it may fall while the hypervolume grows, when new adapters are stronger: look at both.
+A line is worse when its new mean lies below the old interval; better, for which more is asked, when its new mean lies
+above the old interval and the old mean below the new one; "not known" when a figure is missing. Both evaluations have
+the same prompts and seeds and so err alike, which makes this rarer by chance than it is between independent figures:
+between those, of equal width, it asks for a difference of 1.4 standard errors.
+
+The verdict rests on the fronts: a regression as soon as one is worse, an improvement when none is and one is better.
+The gate before a promotion asks the same function, `decide`, of the same fronts. What else is told decides nothing: a
+share is relative to the adapters' own gains, so it may fall while the hypervolume grows, when new adapters are
+stronger; and of so many cells, some differ by chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,25 +45,26 @@ Json = dict[str, Any]
 
 
 def compare(now: Summary, then: Summary | None, role: str = "", changed: Sequence[str] = ()) -> Json:
-    """The comparison of two summaries that answer the same question; `then` None, or without a common front or
-    method, is not compared.
+    """The comparison of two summaries that answer the same question; `then` None, or without a common front, is not
+    compared.
     """
-    fronts, methods = ([], []) if then is None else (_fronts(now, then), _methods(now, then))
+    fronts, methods = ([], []) if then is None else (common_fronts(now, then), _methods(now, then))
     document = {"schema_version": SCHEMA_VERSION, "now": identity(now)}
-    if then is None or not fronts + methods:
+    if then is None or not fronts:
         nothing = {"verdict": NOT_COMPARED, "sentences": [_not_compared(now)], "changed": [], "against": None}
         return document | nothing | {"fronts": [], "methods": [], "cells": []}
     against = identity(then) | {"role": role}
-    verdicts = {line["verdict"] for line in fronts + methods}
-    verdict = REGRESSION if WORSE in verdicts else IMPROVEMENT if BETTER in verdicts else UNCLEAR
-    found = {"verdict": verdict, "changed": list(changed), "against": against}
+    found = {"verdict": decide(fronts), "changed": list(changed), "against": against}
     lines = {"fronts": fronts, "methods": methods, "cells": _cells(now, then)}
     return document | found | lines | {"sentences": _sentences(against, lines)}
 
 
-def is_common(now: Summary, then: Summary) -> bool:
-    """Whether they share a front or a method over one grid of mixes."""
-    return bool(_fronts(now, then) or _methods(now, then))
+def decide(fronts: Sequence[Json]) -> str:
+    """Whether a bundle got better or worse, by the fronts that both evaluations have (see common_fronts)."""
+    if not fronts:
+        return NOT_COMPARED
+    verdicts = {line["verdict"] for line in fronts}
+    return REGRESSION if WORSE in verdicts else IMPROVEMENT if BETTER in verdicts else UNCLEAR
 
 
 def identity(summary: Summary) -> Json:
@@ -75,7 +79,7 @@ def verdict_of(then: Mapping[str, float | None], now: Mapping[str, float | None]
     new, low, high = (now[key] for key in ("mean", "low", "high"))
     if old is None or new is None or old_low is None or old_high is None or low is None or high is None:
         return UNKNOWN
-    if new < old_low and old > high:
+    if new < old_low:
         return WORSE
     if new > old_high and old < low:
         return BETTER
@@ -110,7 +114,7 @@ def _short(value: float) -> str:
 
 
 def rows(comparison: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The lines that the verdict rests on, for people: what, then, now, change, verdict."""
+    """The fronts, which the verdict rests on, and the methods, for people: what, then, now, change, verdict."""
     lines = [(f"hypervolume of {line['front']}", line, False) for line in comparison["fronts"]]
     lines += [(f"share of the gain, {line['method']}", line, True) for line in comparison["methods"]]
     return [
@@ -133,7 +137,8 @@ def changes(then: BundleRecord, now: BundleRecord) -> list[str]:
     return [f"{what}: {old} became {new}" for what, old, new in pairs if old != new]
 
 
-def _fronts(now: Summary, then: Summary) -> list[Json]:
+def common_fronts(now: Summary, then: Summary) -> list[Json]:
+    """The fronts over one grid of mixes that both have, as in the comparison."""
     earlier = {row["front"]: row for row in then["hypervolumes"]}
     return [
         {"front": row["front"]} | _line(earlier[row["front"]], row, "hypervolume")
@@ -229,6 +234,8 @@ def _sentences(against: Json, lines: Json) -> list[str]:
         if found:
             told = "; ".join(f"{row['what']}, {row['now']} after {row['then']}" for row in found)
             sentences.append(f"{word}: {told}.")
+    if {line["verdict"] for line in lines["methods"]} & {WORSE, BETTER}:
+        sentences.append("The verdict rests on the hypervolumes: shares are relative to the adapters' own gains.")
     if len(sentences) == 1:
         sentences.append("No hypervolume and no share of the adapters' gains differs clearly.")
     return sentences

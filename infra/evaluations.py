@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infra.comparing import is_common, is_own
+from infra.comparing import REGRESSION, WORSE, common_fronts, decide, in_words, mean_and_interval
 from infra.errors import IntegrityError, ObjectMissingError, RegistryError, UnknownRecordError
 from infra.manifests import BundleRecord
 from infra.registry import Registry
@@ -45,11 +45,6 @@ class Evaluation:
     @property
     def date(self) -> str:
         return str(self.summary["facts"]["date"])
-
-    @property
-    def hypervolumes(self) -> dict[str, dict[str, float]]:
-        """Front of the bundle's own -> hypervolume, hypervolume_low, hypervolume_high."""
-        return {row["front"]: row for row in self.summary["hypervolumes"] if is_own(row["front"], self.summary)}
 
 
 def bundle_folder(bundle_digest: str) -> str:
@@ -113,36 +108,40 @@ def check_promotion(
     registry: Registry, bundle: BundleRecord, champion: BundleRecord | None, digest: str | None = None
 ) -> str:
     """What speaks for the promotion, in words. Raises PromotionError when the bundle was not evaluated, when the
-    champion was not evaluated alike, or when a hypervolume fell below the champion's interval.
+    champion was not evaluated alike, or when it is a regression: a hypervolume fell below the champion's
+    interval.
+
+    infra.comparing decides that, of the same fronts as for the verdict of a comparison.
     """
     evaluation = choose(evaluations_behind(registry, bundle), bundle, digest)
     if champion is None or champion.digest == bundle.digest:
         return f"evaluation {evaluation.short}, no other champion to compare with"
-    rivals = evaluations_behind(registry, champion)
-    alike = next((rival for rival in rivals if comparable(rival, evaluation)), None)
-    if alike is None:
+    alike = [rival for rival in evaluations_behind(registry, champion) if comparable(rival, evaluation)]
+    if not alike:
         raise PromotionError(
             f"no evaluation of the champion {champion.ref} asks what evaluation {evaluation.short} of {bundle.ref} "
             "asked: evaluate both with one run file, or use --force"
         )
-    compared = []
-    for front, ours in evaluation.hypervolumes.items():
-        theirs = alike.hypervolumes.get(front)
-        if theirs is None:
-            continue
-        figures = (
-            f"{front} reaches a hypervolume of {ours['hypervolume']:.4g}, the champion {champion.ref} "
-            f"{theirs['hypervolume']:.4g} ({theirs['hypervolume_low']:.4g} to {theirs['hypervolume_high']:.4g})"
-        )
-        if ours["hypervolume"] < theirs["hypervolume_low"]:
-            raise PromotionError(f"{bundle.ref} is worse: {figures}. Promote another version, or use --force")
-        compared.append(figures)
-    if not compared:
+    found = [fronts for rival in alike if (fronts := common_fronts(evaluation.summary, rival.summary))]
+    if not found:
         raise PromotionError(
-            f"evaluation {evaluation.short} of {bundle.ref} and {alike.short} of {champion.ref} share no method: "
+            f"evaluation {evaluation.short} of {bundle.ref} and {alike[0].short} of {champion.ref} share no method: "
             "evaluate both with one run file, or use --force"
         )
-    return f"evaluation {evaluation.short}: " + "; ".join(compared)
+    if decide(found[0]) == REGRESSION:
+        worse = [line for line in found[0] if line["verdict"] == WORSE]
+        raise PromotionError(
+            f"{bundle.ref} is worse: {_compared(worse, champion)}. Promote another version, or use --force"
+        )
+    return f"evaluation {evaluation.short}: {_compared(found[0], champion)}"
+
+
+def _compared(fronts: Sequence[dict[str, Any]], champion: BundleRecord) -> str:
+    return "; ".join(
+        f"{line['front']} reaches a hypervolume of {mean_and_interval(line['now'])[0]}, the champion {champion.ref} "
+        f"{in_words(line['then'])}"
+        for line in fronts
+    )
 
 
 def comparable(one: Evaluation, other: Evaluation) -> bool:
@@ -188,7 +187,7 @@ def earlier_evaluation(
             later = record.digest == bundle.digest and one.date > evaluation.date
             if one.digest == evaluation.digest or later or not comparable(one, evaluation):
                 continue
-            if is_common(evaluation.summary, one.summary):
+            if common_fronts(evaluation.summary, one.summary):
                 return Earlier(one, record, role)
     return None
 

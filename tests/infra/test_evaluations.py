@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from infra.comparing import REGRESSION, common_fronts, compare
 from infra.errors import AliasMovedError, IntegrityError, RegistryError
 from infra.evaluations import (
     Evaluation,
@@ -37,14 +38,21 @@ FACTS = {
 
 
 def evaluate(
-    registry: Registry, bundle: BundleRecord, digest: str, reach: tuple[float, float, float], **facts: Any
+    registry: Registry,
+    bundle: BundleRecord,
+    digest: str,
+    reach: tuple[float, float, float],
+    share: float = 0.6,
+    **facts: Any,
 ) -> None:
-    """Store a finished evaluation whose mpa front has this hypervolume, from low to high."""
+    """Store a finished evaluation whose mpa front has this hypervolume, from low to high, and keeps this share."""
     low, value, high = reach
     front = {"hypervolume": value, "hypervolume_low": low, "hypervolume_high": high}
     summary = {
         "facts": FACTS | facts,
         "headline": ["All is well."],
+        "cells": [],
+        "methods": [{"method": "mpa", "share": share, "share_low": share - 0.05, "share_high": share + 0.05}],
         "hypervolumes": [{"front": "base"} | dict.fromkeys(front, 0.0), {"front": "mpa"} | front],
     }
     registry.store.create(f"evaluations/{bundle.digest}/{digest * 64}/summary.json", json.dumps(summary).encode())
@@ -90,6 +98,23 @@ def test_the_gate_closes_below_the_champions_interval(
     else:
         with pytest.raises(PromotionError, match=r"sprites@2 is worse: mpa reaches .* 7\.9, .* 9 \(8 to 10\)"):
             check_promotion(registry, bundle, champion)
+
+
+@pytest.mark.parametrize("reach", [(6.9, 7.9, 8.9), (6.0, 7.9, 9.5), (7.0, 8.0, 9.0), (11.0, 12.0, 13.0)])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_what_a_comparison_calls_a_regression_does_not_pass_and_nothing_else(
+    registry: Registry, bundles: list[BundleRecord], reach: tuple[float, float, float], share: float
+):
+    champion, bundle = bundles
+    evaluate(registry, champion, "a", (8.0, 9.0, 10.0), share=0.6)
+    evaluate(registry, bundle, "b", reach, share=share)
+    now, then = (evaluations_of(registry.store, one)[0].summary for one in (bundle, champion))
+    if compare(now, then)["verdict"] == REGRESSION:
+        assert reach[1] < 8.0
+        with pytest.raises(PromotionError, match="sprites@2 is worse"):
+            check_promotion(registry, bundle, champion)
+    else:
+        assert check_promotion(registry, bundle, champion)
 
 
 def test_unfinished_evaluations_do_not_exist_and_damaged_ones_are_named(
@@ -214,4 +239,4 @@ def test_only_evaluations_in_the_same_deviations_are_compared():
 def test_rivals_and_retrained_models_are_not_part_of_the_bundle():
     fronts = [{"front": name, "hypervolume": 1.0} for name in ("base", "mpa", "mpa, any lambda", "oracle", "code_20_5")]
     summary = {"facts": FACTS, "config": {"methods": ["mpa"]}, "hypervolumes": fronts}
-    assert set(Evaluation("a", "", summary).hypervolumes) == {"mpa", "mpa, any lambda"}
+    assert [line["front"] for line in common_fronts(summary, summary)] == ["mpa", "mpa, any lambda"]

@@ -207,8 +207,8 @@ def test_measured_columns_appear_and_others_do_not(plain, full):
 @pytest.mark.parametrize(
     ("found", "factor", "kind", "words"),
     [
-        ("improvement", 1.1, "better", ["Better than the champion", "sprites@2", "10 % more", "6 clearly better"]),
-        ("regression", 0.9, "worse", ["Worse than the champion", "10 % less", "6 clearly worse"]),
+        ("improvement", 1.1, "better", ["Better than the champion", "sprites@2", "10 % more", "4 clearly better"]),
+        ("regression", 0.9, "worse", ["Worse than the champion", "10 % less", "4 clearly worse"]),
         ("no clear difference", 1.001, "alike", ["No clear difference from the champion", "it may be chance"]),
         ("not compared", 1.0, "unknown", ["Nothing to compare it with yet", "Compared with sprites@2"]),
     ],

@@ -80,18 +80,20 @@ def verdict(comparison: Mapping[str, Any] | None, level: str) -> Verdict | None:
     if not against:
         return Verdict("unknown", *TITLES["not compared"][1:], "", tuple(comparison.get("sentences") or ()))
     lines = [(part, line) for part in ("fronts", "methods") for line in lines_of(comparison, part)]
-    sentences = [*_deciding(lines, kind), _how_sure(lines, kind, level), *_cost(comparison)]
+    sentences = [*_deciding(lines, kind), *_how_sure(lines, kind, level), *_cost(comparison)]
     where = f"{against.get('bundle')}, evaluated {str(against.get('date'))[:10]}"
     return Verdict(kind, mark, title.format(role=against.get("role") or "before"), where, tuple(sentences))
 
 
 def _deciding(lines: Sequence[tuple[str, Line]], kind: str) -> list[str]:
-    """The first line of either part that the verdict rests on, or just the first where none is clear."""
+    """The first front that the verdict rests on, or just the first where none is clear; and the first share."""
     told = []
     for part in ("fronts", "methods"):
-        mine = [line for of, line in lines if of == part and (kind == "alike" or line.get("verdict") == kind)]
+        mine = [line for of, line in lines if of == part]
         # a blend says more of the bundle than its adapters alone
         mine.sort(key=lambda line: line.get("method", line.get("front")) not in BLENDS)
+        if part == "fronts":
+            mine = [line for line in mine if kind == "alike" or line.get("verdict") == kind]
         told += [_told(part, line) for line in mine[:1]]
     return told
 
@@ -109,16 +111,20 @@ def _told(part: str, line: Line) -> str:
     return f"Reward space reached, {method_label(line['front'])}: {in_words(now)} after {in_words(then)}, {more}."
 
 
-def _how_sure(lines: Sequence[tuple[str, Line]], kind: str, level: str) -> str:
-    found = [line.get("verdict") for _, line in lines]
-    total, better, worse = len(found), found.count("better"), found.count("worse")
+def _how_sure(lines: Sequence[tuple[str, Line]], kind: str, level: str) -> list[str]:
+    """What the verdict rests on, which is the fronts, and whether the shares say otherwise."""
+    found = {part: [line.get("verdict") for of, line in lines if of == part] for part in ("fronts", "methods")}
+    total, interval = len(found["fronts"]), f"the old {level} interval"
+    clear = [f"{found['fronts'].count(word)} clearly {word}" for word in ("better", "worse")]
+    rests = f"The verdict rests on {count(total, 'reward space', 'reward spaces')}"
     if kind == "alike":
-        figures = count(total, "figure", "figures")
-        return (
-            f"In none of {figures} do old and new mean lie outside of each other's {level} interval: it may be chance."
-        )
-    tally = f"Of {count(total, 'figure', 'figures')} compared, {better} clearly better and {worse} clearly worse"
-    return f"{tally}: there the old and the new mean lie outside of each other's {level} interval."
+        sure = [f"{rests}: in none does the new mean lie clearly outside of {interval}; it may be chance."]
+    else:
+        sure = [f"{rests}, {' and '.join(clear)}: there the new mean lies outside of {interval}."]
+    shares = [f"{found['methods'].count(word)} {word}" for word in ("better", "worse") if word in found["methods"]]
+    if shares:
+        sure.append(f"Of the shares kept, {' and '.join(shares)}; being relative to the adapters, they decide nothing.")
+    return sure
 
 
 def _cost(comparison: Mapping[str, Any]) -> list[str]:
