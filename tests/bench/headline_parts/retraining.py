@@ -1,8 +1,8 @@
 """How far models retrained for one preference differ, and what the blend is worth beside each of them.
 
 A training that ends before alpha decides how far it goes is one of several answers to the same preference. Beside the
-oracle of the headline there are its twin of another seed, which says how far retraining itself varies, and one held to
-the path KL that the blend has there, which says what can be had at this distance from the base.
+oracle of the headline there are its twins of other seeds, which say how far retraining itself varies, and one held to
+half its path KL, which says what can be had nearer the base.
 """
 
 import json
@@ -20,7 +20,7 @@ ORACLES: dict[str, dict[str, Any]] = {
     "as the basis": {},
     "of another seed": {"seed": 1},
     "of a third seed": {"seed": 2},
-    "at the blend's path KL": {"kl_target": 131.0},  # nats, of mpa at these weights
+    "held to 131 nats": {"kl_target": 131.0},
 }
 
 
