@@ -22,6 +22,7 @@ ORACLES: dict[str, dict[str, Any]] = {
     "of a third seed": {"seed": 2},
     "held to 131 nats": {"kl_target": 131.0},
 }
+SEEDS = tuple(ORACLES)[:3]
 
 
 def families(config: EvaluateConfig) -> dict[str, EvaluateConfig]:
@@ -33,8 +34,12 @@ def families(config: EvaluateConfig) -> dict[str, EvaluateConfig]:
 
 
 def measure_retraining(config: EvaluateConfig) -> dict[str, Any]:
-    """Gain and path KL of each oracle, and the share of its gain that each method has."""
-    return {"retraining": {name: _measured(one) for name, one in families(config).items()}}
+    """Gain and path KL of each oracle, each method's share of it, and of the mean of the seeds."""
+    found = {name: _measured(one) for name, one in families(config).items()}
+    first, *_ = seeds = [found[name] for name in SEEDS]
+    gain = sum(one["gain"]["mean"] for one in seeds) / len(seeds)
+    share = {method: first["gain"]["mean"] * of_first["mean"] / gain for method, of_first in first["share"].items()}
+    return {"retraining": {**found, "mean of the seeds": {"gain": gain, "share": share}}}
 
 
 def _measured(config: EvaluateConfig) -> dict[str, Any]:
