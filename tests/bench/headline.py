@@ -3,8 +3,8 @@
 infra/runs/headline.toml is the whole protocol, a day on two cores (--whole). What runs otherwise is its core: the
 preferences and strengths that have an oracle, on fewer prompts and seeds; then, each on fewer still, stronger blends
 with their path KL, other oracles of one preference, the grids of weights and strengths, the rivals of twenty
-candidates, and the Jensen gap. results/headline.json says how many. What is stopped goes on where it was: nothing is
-made twice.
+candidates, and the Jensen gap; one preference is measured on all the prompts. results/headline.json says how many. What
+is stopped goes on where it was: nothing is made twice.
 """
 
 import argparse
@@ -26,13 +26,23 @@ RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # Prompts and seeds of each part.
-SIZES = {"main": (32, 4), "strength": (24, 2), "retraining": (32, 4), "grid": (8, 4), "search": (8, 4), "gap": (8, 4)}
+SIZES = {
+    **{"main": (32, 4), "wide": (200, 4), "strength": (24, 2), "retraining": (32, 4)},
+    **{"grid": (8, 4), "search": (8, 4), "gap": (8, 4)},
+}
 
 
 def narrowed(config: EvaluateConfig) -> EvaluateConfig:
     """Only the preferences and strengths that have an oracle."""
     rivals = tuple(name for name in config.rivals if name not in SEARCHING)
     return config.model_copy(update={"pair_weights": (), "simplex_steps": 0, "kl_lambdas": (1.0,), "rivals": rivals})
+
+
+def widened(config: EvaluateConfig) -> EvaluateConfig:
+    """Blend, what costs one model, and retraining at equal weights of two rewards in conflict."""
+    return narrowed(config).model_copy(
+        update={"rivals": (), "methods": ("mpa", "ls", "soup"), "oracle_weights": (EQUAL,), "oracle_lambdas": {}}
+    )
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -83,6 +93,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
 
     return {
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
+        "wide": lambda config: {"wide": read_evaluation(run(widened(core("wide", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
         "grid": lambda config: {"grid": read_grid(run(gridded(core("grid", config))))},
