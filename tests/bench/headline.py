@@ -27,8 +27,13 @@ SEARCHING = ("best_of_20", "code_20_5")
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # Prompts and seeds of each part.
 SIZES = {
-    **{"main": (32, 4), "wide": (200, 4), "strength": (24, 2), "retraining": (32, 4)},
-    **{"grid": (8, 4), "search": (8, 4), "gap": (8, 4)},
+    "main": (32, 4),
+    "wide": (200, 4),
+    "strength": (24, 2),
+    "retraining": (32, 4),
+    "grid": (8, 4),
+    "search": (8, 4),
+    "gap": (8, 4),
 }
 
 
