@@ -1,4 +1,4 @@
-"""One Prefect server for all flows that tests run in this process, and a registry for the command line."""
+"""One Prefect server and one Ray cluster for all flows that tests run in this process, and a registry."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +19,24 @@ def prefect() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=180):
         yield
+
+
+@pytest.fixture(scope="session")
+def cluster(tiny_store_url: str) -> Iterator[str]:
+    """A Ray cluster of two CPUs, as flows find one that lasts; its processes keep the cache's place of that store."""
+    from workers.cluster import ray_session
+
+    with ray_session(num_cpus=2) as address:
+        yield address
+
+
+@pytest.fixture
+def serving(cluster: str) -> Iterator[None]:
+    """The cluster, without a trace of Ray Serve after the test."""
+    from ray import serve
+
+    yield
+    serve.shutdown()
 
 
 @pytest.fixture

@@ -20,18 +20,16 @@ def artifacts() -> dict[str, str]:
     return {artifact["key"]: artifact["data"] for artifact in found}
 
 
-def test_a_bundle_is_deployed_tried_and_reported(prefect, tiny_store_url):
-    from workers.cluster import ray_session
+def test_a_bundle_is_deployed_tried_and_reported(prefect, serving, tiny_store_url):
     from workers.deploying import check_port, undeploy
 
     port = check_port("127.0.0.1", 0)
-    with ray_session(num_cpus=2):
-        url = deploy_blend(bundle="tiny@champion", store_url=tiny_store_url, port=port)
-        assert url == f"http://127.0.0.1:{port}"
-        [card] = httpx.get(f"{url}/v1/models").json()["data"]
-        assert card["bundle"]["name"] == "tiny"
-        assert card["accepted_names"] == ["tiny", "tiny@1", "tiny@champion"]
-        undeploy()
+    url = deploy_blend(bundle="tiny@champion", store_url=tiny_store_url, port=port)
+    assert url == f"http://127.0.0.1:{port}"
+    [card] = httpx.get(f"{url}/v1/models").json()["data"]
+    assert card["bundle"]["name"] == "tiny"
+    assert card["accepted_names"] == ["tiny", "tiny@1", "tiny@champion"]
+    undeploy()
     reported = artifacts()
     assert url in reported["endpoint"]
     assert card["bundle"]["digest"] in reported["endpoint-facts"]

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_figures")]
 
 REWARDS = ("colourfulness", "compressibility")
 SETTINGS = {
@@ -40,22 +40,20 @@ def written(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_second_run_trains_and_registers_nothing(prefect, tiny_sd_dir, tmp_path, monkeypatch):
+def test_a_second_run_trains_and_registers_nothing(prefect, serving, tiny_sd_dir, tmp_path, monkeypatch):
     from flows.full_pipeline import full_pipeline
     from flows.local_services import free_port
-    from workers.cluster import ray_session
     from workers.deploying import undeploy
 
     monkeypatch.setenv("DIFFUSION_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     out, store = tmp_path / "out", tmp_path / "store"
     settings = SETTINGS | {"base_model": str(tiny_sd_dir), "store_url": f"file://{store}", "output_dir": str(out)}
-    with ray_session(num_cpus=2):
-        first = full_pipeline(**settings, port=free_port())
-        stored = written(store)
-        trained = {name: written(out / name / "checkpoints") for name in REWARDS}
-        [card] = httpx.get(f"{first['url']}/v1/models").json()["data"]
-        second = full_pipeline(**settings, port=free_port())
-        undeploy()
+    first = full_pipeline(**settings, port=free_port())
+    stored = written(store)
+    trained = {name: written(out / name / "checkpoints") for name in REWARDS}
+    [card] = httpx.get(f"{first['url']}/v1/models").json()["data"]
+    second = full_pipeline(**settings, port=free_port())
+    undeploy()
 
     assert first["bundle"] == "twice@1"
     assert [adapter["name"] for adapter in first["adapters"]] == list(REWARDS)

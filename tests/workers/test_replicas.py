@@ -26,7 +26,7 @@ def breakable(cluster, tiny_sd_dir, tiny_adapters):
         async def end_engine(self) -> None:
             self._host.service.loop._orders.put(None)  # what the thread cannot unpack
 
-    args = ServeArgs(base=str(tiny_sd_dir), adapters=tiny_adapters, max_queue_s=600.0)
+    args = ServeArgs(base=str(tiny_sd_dir), adapters=tiny_adapters, max_queue_s=6000.0)
     engine = EngineReplica.options(
         func_or_class=Breakable,
         user_config={"bundle": None},

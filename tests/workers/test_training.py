@@ -202,12 +202,17 @@ def test_two_ray_workers_take_the_gradient_of_one(cluster, settings, tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_share_a_cluster_and_resume_on_it(cluster, fitted, settings, tmp_path):
-    configs = [TrainConfig.parse({**settings, "num_workers": 1, "name": name, "iterations": 1}) for name in ("a", "b")]
-    results, errors = {}, []
+    """One of them was begun in this process; both end at the adapter that this process trains."""
+    configs = [TrainConfig.parse({**settings, "num_workers": 1, "name": name}) for name in ("a", "b")]
+    fit_basis(configs[0].model_copy(update={"num_workers": 0, "iterations": 1}), output_dir=tmp_path / "a")
+    results, errors, announced = {}, [], {"a": [], "b": []}
 
     def run(config):
+        note = announced[config.name].append
         try:
-            results[config.name] = fit_basis(config, output_dir=tmp_path / config.name, show_bar=False)
+            results[config.name] = fit_basis(
+                config, output_dir=tmp_path / config.name, on_progress=note, show_bar=False
+            )
         except Exception as error:
             errors.append(error)
 
@@ -217,11 +222,11 @@ def test_two_runs_share_a_cluster_and_resume_on_it(cluster, fitted, settings, tm
     for thread in threads:
         thread.join()
     assert errors == []
-    assert largest_difference(results["a"].adapter_dir, results["b"].adapter_dir) == 0
-    longer = configs[0].model_copy(update={"iterations": 2})
-    resumed = fit_basis(longer, output_dir=tmp_path / "a")
-    assert [line["iteration"] for line in resumed.metrics] == [0, 1, 2]
-    assert largest_difference(resumed.adapter_dir, fitted[2].adapter_dir) == 0
+    told = {name: [line["iteration"] for line in lines] for name, lines in announced.items()}
+    assert told == {"a": [2], "b": [0, 1, 2]}
+    for result in results.values():
+        assert [line["iteration"] for line in result.metrics] == [0, 1, 2]
+        assert largest_difference(result.adapter_dir, fitted[2].adapter_dir) == 0
 
 
 @pytest.mark.slow

@@ -59,9 +59,9 @@ def newest(directory: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # every restart imports torch and diffusers twice
 def test_killed_workers_change_no_bit(cluster, kills, tiny_sd_dir, tmp_path):
-    """Four kills in one run; the benchmark (tests/bench) does the same with ten, which take twice as long."""
-    rounds = kills.kill_rounds(4, tmp_path, base_model=str(tiny_sd_dir))
-    assert rounds["kills"] == 4
+    """Two kills, so that the second meets workers that were restarted; the benchmark (tests/bench) does ten."""
+    rounds = kills.kill_rounds(2, tmp_path, base_model=str(tiny_sd_dir))
+    assert rounds["kills"] == 2
     assert rounds["equal"]
 
 
