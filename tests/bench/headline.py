@@ -17,13 +17,14 @@ import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
 from headline_parts.jensen import measure_jensen
-from headline_parts.retraining import EQUAL, measure_retraining
+from headline_parts.retraining import EQUAL, at_equal, measure_retraining
 from headline_parts.tables import read_evaluation, read_grid, read_strength
 
 from workers.evaluation import EvaluateConfig
 
 RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
+FEW = ("mpa", "ls", "soup")  # the blend, and what costs one model
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # Prompts and seeds of each part.
 SIZES = {
@@ -45,39 +46,30 @@ def narrowed(config: EvaluateConfig) -> EvaluateConfig:
 
 def widened(config: EvaluateConfig) -> EvaluateConfig:
     """Blend, what costs one model, and retraining at equal weights of two rewards in conflict."""
-    return narrowed(config).model_copy(
-        update={"rivals": (), "methods": ("mpa", "ls", "soup"), "oracle_weights": (EQUAL,), "oracle_lambdas": {}}
-    )
+    return at_equal(narrowed(config), methods=FEW)
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
     """The rivals of twenty candidates beside the blend, at equal weights of two rewards in conflict."""
-    return narrowed(config).model_copy(
-        update={"rivals": SEARCHING, "methods": ("mpa",), "oracle_weights": (EQUAL,), "oracle_lambdas": {}}
-    )
+    return at_equal(narrowed(config), rivals=SEARCHING, methods=("mpa",))
 
 
 def dialled(config: EvaluateConfig) -> EvaluateConfig:
     """The blend at more than its usual strength, with the path KL: an oracle may have gone further than it goes."""
-    return narrowed(config).model_copy(
-        update={
-            "rivals": (),
-            "methods": ("mpa", "ls", "soup"),
-            "oracle_weights": tuple(one for one in config.oracle_weights if set(one) == set(EQUAL)),
-            "oracle_lambdas": {},
-            "kl_methods": ("mpa",),
-            "kl_lambdas": (1.0, 1.25, 1.5),
-            "kl_everywhere": True,
-            "path_kl": True,
-        }
+    return at_equal(
+        narrowed(config),
+        methods=FEW,
+        oracle_weights=tuple(one for one in config.oracle_weights if set(one) == set(EQUAL)),
+        kl_methods=("mpa",),
+        kl_lambdas=(1.0, 1.25, 1.5),
+        kl_everywhere=True,
+        path_kl=True,
     )
 
 
 def gridded(config: EvaluateConfig) -> EvaluateConfig:
     """The whole grids of weights and strengths, of the blend and what costs one model."""
-    return config.model_copy(
-        update={"methods": ("mpa", "ls", "soup"), "rivals": (), "oracle_weights": (), "oracle_lambdas": {}}
-    )
+    return at_equal(config, methods=FEW, oracle_weights=())
 
 
 def measure_main(config: EvaluateConfig) -> dict[str, Any]:

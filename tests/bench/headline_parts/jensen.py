@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 from figures import RESULTS
-from headline_parts.retraining import families
+from headline_parts.retraining import EQUAL, families
 from headline_parts.tables import mix
 
 from blend.preference import Preference
@@ -27,7 +27,9 @@ def measure_jensen(config: EvaluateConfig, prompts: int, seeds: int) -> dict[str
     (RESULTS / "headline_gap.png").write_bytes(gap_png(table))
     found = {label: _figures(table[table["pair"] == place]) for place, label in enumerate(labels)}
     figures = {"prompts": prompts, "seeds": seeds, **found, "predicts": _predicts(found)}
-    figures["by_alpha"] = {name: _figures(_gaps(one, prompts, seeds)[0]) for name, one in families(config).items()}
+    (basis, _), *others = families(config).items()  # the first is among the oracles above
+    figures["by_alpha"] = {basis: found[mix(EQUAL)]}
+    figures["by_alpha"] |= {name: _figures(_gaps(one, prompts, seeds)[0]) for name, one in others}
     return {"jensen_gap": figures}
 
 

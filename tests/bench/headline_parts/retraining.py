@@ -25,12 +25,14 @@ ORACLES: dict[str, dict[str, Any]] = {
 SEEDS = tuple(ORACLES)[:3]
 
 
+def at_equal(config: EvaluateConfig, **changes: Any) -> EvaluateConfig:
+    """One oracle, at equal weights of two rewards in conflict, and no rivals, but for these changes."""
+    return config.model_copy(update={"oracle_weights": (EQUAL,), "oracle_lambdas": {}, "rivals": (), **changes})
+
+
 def families(config: EvaluateConfig) -> dict[str, EvaluateConfig]:
     """An evaluation of each oracle at equal weights of two rewards in conflict."""
-    alone = {"oracle_weights": (EQUAL,), "oracle_lambdas": {}, "rivals": (), "methods": METHODS}
-    return {
-        name: config.model_copy(update={**alone, "oracle_settings": settings}) for name, settings in ORACLES.items()
-    }
+    return {name: at_equal(config, methods=METHODS, oracle_settings=settings) for name, settings in ORACLES.items()}
 
 
 def measure_retraining(config: EvaluateConfig) -> dict[str, Any]:
