@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from infra.comparing import BETTER, NOT_COMPARED, UNKNOWN, WORSE, change_in_words, in_words, rows
+from infra.comparing import BETTER, NOT_COMPARED, WORSE, change_in_words, in_words, rows, short
 
 Json = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ def _compared(comparison: Json) -> list[str]:
         return comparison["sentences"]
     changed = [f"- {change}" for change in comparison["changed"]] or ["- nothing in the bundle"]
     cost = [
-        (line["method"], *(_short(line[name][when]) for name in ("rows", "seconds") for when in ("then", "now")))
+        (line["method"], *(short(line[name][when]) for name in ("rows", "seconds") for when in ("then", "now")))
         for line in comparison["methods"]
         if None not in line["rows"].values()
     ]
@@ -68,10 +68,6 @@ def _compared(comparison: Json) -> list[str]:
         "Cost of an image at lambda 1, in UNet rows and seconds:" if cost else "",
         _table(("", "rows then", "rows now", "seconds then", "seconds now"), cost) if cost else "",
     ]
-
-
-def _short(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.3g}"
 
 
 def _promoted(promotion: Json | None) -> list[str]:

@@ -98,19 +98,22 @@ def mean_and_interval(figure: Mapping[str, float | None], percent: bool = False)
     if mean is None:
         return UNKNOWN, ""
     scale, unit = (100, " %") if percent else (1, "")
-    interval = "" if low is None or high is None else f"{_short(low * scale)} to {_short(high * scale)}"
-    return f"{_short(mean * scale)}{unit}", interval
+    interval = "" if low is None or high is None else f"{short(low * scale)} to {short(high * scale)}"
+    return f"{short(mean * scale)}{unit}", interval
 
 
 def change_in_words(change: float | None, percent: bool = False) -> str:
     """A difference of two means, such as `+3` or `-1.25 points`."""
     if change is None:
         return UNKNOWN
-    return f"{change * 100:+.3g} points" if percent else f"{change:+.3g}"
+    return f"{short(change * 100, '+')} points" if percent else short(change, "+")
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def short(value: float | None, sign: str = "") -> str:
+    """Three digits, or all before the point: `0.0123`, `12.3`, `1,234`; with `sign` "+" also of what is above 0."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:{sign},.0f}" if abs(value) >= 999.5 else f"{value:{sign}.3g}"
 
 
 def rows(comparison: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from infra.comparing import REGRESSION, common_fronts, compare
+from infra.comparing import REGRESSION, common_fronts, compare, short
 from infra.errors import AliasMovedError, IntegrityError, RegistryError
 from infra.evaluations import (
     Evaluation,
@@ -240,3 +240,12 @@ def test_rivals_and_retrained_models_are_not_part_of_the_bundle():
     fronts = [{"front": name, "hypervolume": 1.0} for name in ("base", "mpa", "mpa, any lambda", "oracle", "code_20_5")]
     summary = {"facts": FACTS, "config": {"methods": ["mpa"]}, "hypervolumes": fronts}
     assert [line["front"] for line in common_fronts(summary, summary)] == ["mpa", "mpa, any lambda"]
+
+
+@pytest.mark.parametrize(
+    ("value", "sign", "text"),
+    [(0.0123, "", "0.0123"), (999.4, "", "999"), (999.6, "", "1,000"), (-1234.5, "+", "-1,234"), (2e4, "+", "+20,000")],
+)
+def test_figures_are_never_in_powers_of_ten(value: float, sign: str, text: str):
+    assert short(value, sign) == text
+    assert short(None) == "not known"
