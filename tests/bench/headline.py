@@ -1,10 +1,10 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
 infra/runs/headline.toml is the whole protocol, a day on two cores (--whole). What runs otherwise is its core: the
-preferences and strengths that have an oracle, on fewer prompts and seeds; then, each on fewer still, stronger blends
-with their path KL, other oracles of one preference, the grids of weights and strengths, the rivals of twenty
-candidates, and the Jensen gap; one preference is measured on all the prompts. results/headline.json says how many. What
-is stopped goes on where it was: nothing is made twice.
+preferences and strengths that have an oracle, on fewer prompts and seeds, but two rewards in conflict on all prompts;
+then, each on fewer still, stronger blends with their path KL, other guidance and more steps, other oracles of one
+preference, the grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What is stopped
+goes on where it was: nothing is made twice. results/headline.json says on how many prompts each part rests.
 """
 
 import argparse
@@ -26,11 +26,19 @@ RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
 FEW = ("mpa", "ls", "soup")  # the blend, and what costs one model
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
+# The adapters were tuned at guidance 1, in 20 steps, and are evaluated at 3.
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "guidance 1": {"guidance_scale": 1.0},
+    "guidance 3": {},
+    "guidance 5": {"guidance_scale": 5.0},
+    "guidance 3, 40 steps": {"num_inference_steps": 40},
+}
 # Prompts and seeds of each part.
 SIZES = {
     "main": (32, 4),
-    "wide": (200, 4),
+    "wide": (200, 8),
     "strength": (24, 2),
+    "sampling": (16, 4),
     "retraining": (32, 4),
     "grid": (8, 4),
     "search": (8, 4),
@@ -41,12 +49,18 @@ SIZES = {
 def narrowed(config: EvaluateConfig) -> EvaluateConfig:
     """Only the preferences and strengths that have an oracle."""
     rivals = tuple(name for name in config.rivals if name not in SEARCHING)
-    return config.model_copy(update={"pair_weights": (), "simplex_steps": 0, "kl_lambdas": (1.0,), "rivals": rivals})
+    grids = {"pair_weights": (), "simplex_steps": 0, "equal_weights": False, "kl_lambdas": (1.0,)}
+    return config.model_copy(update={**grids, "rivals": rivals})
 
 
 def widened(config: EvaluateConfig) -> EvaluateConfig:
-    """Blend, what costs one model, and retraining at equal weights of two rewards in conflict."""
-    return at_equal(narrowed(config), methods=FEW)
+    """Blend, what costs one model, and retraining for the mixes of two rewards in conflict."""
+    return at_equal(narrowed(config), methods=FEW, oracle_weights=in_conflict(config))
+
+
+def in_conflict(config: EvaluateConfig) -> tuple[dict[str, float], ...]:
+    """The mixes with an oracle of the two rewards in conflict."""
+    return tuple(one for one in config.oracle_weights if set(one) == set(EQUAL))
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -59,7 +73,7 @@ def dialled(config: EvaluateConfig) -> EvaluateConfig:
     return at_equal(
         narrowed(config),
         methods=FEW,
-        oracle_weights=tuple(one for one in config.oracle_weights if set(one) == set(EQUAL)),
+        oracle_weights=in_conflict(config),
         kl_methods=("mpa",),
         kl_lambdas=(1.0, 1.25, 1.5),
         kl_everywhere=True,
@@ -82,6 +96,13 @@ def measure_main(config: EvaluateConfig) -> dict[str, Any]:
     return read_evaluation(directory)
 
 
+def measure_sampling(config: EvaluateConfig) -> dict[str, Any]:
+    """Shares of the oracle's gain when the images are made by other guidance, or in more steps."""
+    kept = ("prompts", "seeds", "share_of_oracle", "weighted_gain", "binding_right")
+    found = {name: read_evaluation(run(config.model_copy(update=changes))) for name, changes in SAMPLINGS.items()}
+    return {"sampling": {name: {key: one[key] for key in kept} for name, one in found.items()}}
+
+
 def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
     """What each part does with the run file's settings."""
 
@@ -92,6 +113,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
         "wide": lambda config: {"wide": read_evaluation(run(widened(core("wide", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
+        "sampling": lambda config: measure_sampling(widened(core("sampling", config))),
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
         "grid": lambda config: {"grid": read_grid(run(gridded(core("grid", config))))},
         "search": lambda config: {"search": read_evaluation(run(searching(core("search", config))))},

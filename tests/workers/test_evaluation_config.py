@@ -52,6 +52,8 @@ def test_each_pair_gets_each_weight_and_all_get_equal_weights():
     pairs = [cell for cell in cells if cell.method == "mpa" and len(cell.active) == 2]
     assert len(pairs) == 2 * len(list(combinations(THREE, 2)))
     assert [cell for cell in cells if len(cell.active) == 3] == [Cell("mpa", (0.333333333,) * 3, 1.0)]
+    without = cells_of(THREE, methods=("mpa",), pair_weights=(0.2, 0.5), equal_weights=False)
+    assert [cell for cell in cells if cell not in without] == [Cell("mpa", (0.333333333,) * 3, 1.0)]
 
 
 def test_the_simplex_is_covered_in_steps():

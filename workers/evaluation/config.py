@@ -66,8 +66,10 @@ class EvaluateConfig(BaseModel):
     weights: Annotated[tuple[dict[str, float], ...], BeforeValidator(_rows)] = ()
     # For each pair of adapters: the weight of the first; the second takes the rest.
     pair_weights: tuple[float, ...] = (0.2, 0.5, 0.8)
-    # All weightings of all adapters in steps of 1/n; 0 adds only the equal-weight preference.
+    # All weightings of all adapters in steps of 1/n; 0 for none.
     simplex_steps: int = Field(0, ge=0, le=20)
+    # Equal weights of all adapters, too.
+    equal_weights: bool = True
     # Strengths of the KL dial: 0 is the base, 1 the tuned model, above 1 extrapolates (mpa and soup only).
     kl_lambdas: tuple[float, ...] = (1.0,)
     # Methods measured at the strengths other than 1 ...

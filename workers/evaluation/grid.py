@@ -83,7 +83,8 @@ def _preferences(config: EvaluateConfig, basis: Sequence[str]) -> Iterator[tuple
             weights[first], weights[second] = share, 1 - share
             yield _rounded(weights)
     yield from (_rounded(parts) for parts in _compositions(config.simplex_steps, count))
-    yield equal_weights(count)
+    if config.equal_weights:
+        yield equal_weights(count)
     yield from _explicit("weights", config.weights, basis)
     yield from _explicit("oracle_weights", config.oracle_weights, basis)
 
