@@ -113,7 +113,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
         "wide": lambda config: {"wide": read_evaluation(run(widened(core("wide", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
-        "sampling": lambda config: measure_sampling(widened(core("sampling", config))),
+        "sampling": lambda config: measure_sampling(at_equal(narrowed(core("sampling", config)), methods=FEW)),
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
         "grid": lambda config: {"grid": read_grid(run(gridded(core("grid", config))))},
         "search": lambda config: {"search": read_evaluation(run(searching(core("search", config))))},
