@@ -1,10 +1,10 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
 infra/runs/headline.toml is the whole protocol, a day on two cores (--whole). What runs otherwise is its core: the
-preferences and strengths that have an oracle, on fewer prompts and seeds, but two rewards in conflict on all prompts;
-then, each on fewer still, stronger blends with their path KL, other guidance and more steps, other oracles of one
-preference, the grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What is stopped
-goes on where it was: nothing is made twice. results/headline.json says on how many prompts each part rests.
+preferences and strengths that have an oracle, on fewer prompts and seeds, one preference on all of them; then, each on
+fewer still, stronger blends with their path KL, other guidance and more steps, other oracles of one preference, the
+grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What is stopped goes on where it
+was: nothing is made twice. results/headline.json says on how many prompts each part rests.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SIZES = {
     "strength": (24, 2),
     "sampling": (16, 4),
     "retraining": (32, 4),
-    "grid": (8, 4),
+    "grid": (16, 4),
     "search": (8, 4),
     "gap": (8, 4),
 }
@@ -54,13 +54,8 @@ def narrowed(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def widened(config: EvaluateConfig) -> EvaluateConfig:
-    """Blend, what costs one model, and retraining for the mixes of two rewards in conflict."""
-    return at_equal(narrowed(config), methods=FEW, oracle_weights=in_conflict(config))
-
-
-def in_conflict(config: EvaluateConfig) -> tuple[dict[str, float], ...]:
-    """The mixes with an oracle of the two rewards in conflict."""
-    return tuple(one for one in config.oracle_weights if set(one) == set(EQUAL))
+    """Blend, what costs one model, and retraining at equal weights of two rewards in conflict."""
+    return at_equal(narrowed(config), methods=FEW)
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -73,7 +68,7 @@ def dialled(config: EvaluateConfig) -> EvaluateConfig:
     return at_equal(
         narrowed(config),
         methods=FEW,
-        oracle_weights=in_conflict(config),
+        oracle_weights=tuple(one for one in config.oracle_weights if set(one) == set(EQUAL)),
         kl_methods=("mpa",),
         kl_lambdas=(1.0, 1.25, 1.5),
         kl_everywhere=True,
@@ -113,7 +108,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
         "wide": lambda config: {"wide": read_evaluation(run(widened(core("wide", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
-        "sampling": lambda config: measure_sampling(at_equal(narrowed(core("sampling", config)), methods=FEW)),
+        "sampling": lambda config: measure_sampling(widened(core("sampling", config))),
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
         "grid": lambda config: {"grid": read_grid(run(gridded(core("grid", config))))},
         "search": lambda config: {"search": read_evaluation(run(searching(core("search", config))))},
