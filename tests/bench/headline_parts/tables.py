@@ -51,7 +51,6 @@ def read_grid(directory: Path) -> dict[str, Any]:
         "seeds": len(summary["facts"]["seeds"]),
         "settings": summary["facts"]["cells"],
         "hypervolume": {row["front"]: span(row, "hypervolume") for row in summary["hypervolumes"]},
-        "igd": {row["front"]: span(row, "igd") for row in summary["hypervolumes"]},
         "share_of_adapters": {row["method"]: span(row, "share") for row in summary["methods"]},
         "gain_by_lambda": {mixed: gains for mixed, gains in strengths.items() if len(gains) > 1},
     }
