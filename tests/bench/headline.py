@@ -1,6 +1,6 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
-infra/runs/headline.toml is the whole protocol, a day on two cores (--whole). What runs otherwise is its core: the
+infra/runs/headline.toml is the whole protocol, two days on two cores (--whole). What runs otherwise is its core: the
 preferences and strengths that have an oracle, on fewer prompts and seeds, one preference on all of them; then, each on
 fewer still, stronger blends with their path KL, other guidance and more steps, other oracles of one preference, the
 grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What is stopped goes on where it
