@@ -244,8 +244,14 @@ def test_rivals_and_retrained_models_are_not_part_of_the_bundle():
 
 @pytest.mark.parametrize(
     ("value", "sign", "text"),
-    [(0.0123, "", "0.0123"), (999.4, "", "999"), (999.6, "", "1,000"), (-1234.5, "+", "-1,234"), (2e4, "+", "+20,000")],
+    [
+        (None, "", "not known"),
+        (0.0123, "", "0.0123"),
+        (999.4, "", "999"),
+        (999.6, "", "1,000"),
+        (-1234.5, "+", "-1,234"),
+        (2e4, "+", "+20,000"),
+    ],
 )
-def test_figures_are_never_in_powers_of_ten(value: float, sign: str, text: str):
+def test_large_figures_are_not_in_powers_of_ten(value: float | None, sign: str, text: str):
     assert short(value, sign) == text
-    assert short(None) == "not known"
