@@ -120,15 +120,15 @@ def test_no_one_waits_longer_than_the_bound_even_where_the_forecast_was_wrong(op
         service.loop._rate.observe(1e6, 1e-3, weight=1.0)
 
     async def run() -> list:
-        request = GenerationRequest(**{**BASE, "n": 8, "num_inference_steps": 60})
-        return await asyncio.gather(*(service.generate(request, Caller(client=str(i))) for i in range(12)))
+        request = GenerationRequest(**{**BASE, "n": 2, "num_inference_steps": 30})
+        return await asyncio.gather(*(service.generate(request, Caller(client=str(i))) for i in range(24)))
 
     answers = asyncio.run(run())
     refused = [answer for answer in answers if isinstance(answer, Refusal)]
     assert {answer.status for answer in refused} == {429}
     assert all("has waited 0.5 s" in answer.message and answer.retry_after_s >= 1 for answer in refused)
-    # 60 steps of 8 images, conditional and not, for two adapters
-    assert all(f"({60 * 8 * 4} UNet rows at" in answer.message for answer in refused)
+    # 30 steps of 2 images, conditional and not, for two adapters
+    assert all(f"({30 * 2 * 4} UNet rows at" in answer.message for answer in refused)
     assert all(answer.usage.queue_ms < 1e3 * 2 for answer in answers if not isinstance(answer, Refusal))
     assert len(refused) < len(answers)
     wait_until(lambda: service.loop.in_flight == 0)
@@ -212,13 +212,13 @@ def test_a_refusal_after_a_stream_began_says_when_to_try_again_as_the_header_wou
     service = GenerationService(opened, max_queue_s=0.5)
     for _ in range(200):
         service.loop._rate.observe(1e6, 1e-3, weight=1.0)
-    request = GenerationRequest(**{**BASE, "n": 8, "num_inference_steps": 60, "stream": True})
+    request = GenerationRequest(**{**BASE, "n": 2, "num_inference_steps": 30, "stream": True})
 
     async def follow(client: str) -> list:
         return [event async for event in service.stream(request, Caller(client=client))]
 
     async def run() -> list:
-        return await asyncio.gather(*(follow(str(i)) for i in range(12)))
+        return await asyncio.gather(*(follow(str(i)) for i in range(24)))
 
     ends = [events[-1] for events in asyncio.run(run()) if isinstance(events[-1], Refusal) and len(events) > 1]
     assert ends
