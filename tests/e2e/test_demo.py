@@ -83,15 +83,16 @@ def test_a_failing_demo_says_what_failed_and_leaves_nothing_running(cli, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_nothing_running(started_cli, tmp_path, tiny_sd_dir, number):
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "fine-tune"), (signal.SIGTERM, "Storage: ")])
+def test_an_interrupted_demo_leaves_nothing_running(started_cli, tmp_path, tiny_sd_dir, number, stage):
+    """While a flow trains, and when the services are up and nothing else is."""
     run = tmp_path / "tiny.toml"
     run.write_text(TINY_RUN.format(base=tiny_sd_dir))
     demo = started_cli("demo", "--run", str(run), "--output-dir", "out")
     seen = []
     for line in demo.stdout:
         seen.append(line)
-        if "fine-tune" in line:
+        if stage in line:
             break
     assert len(started_below(tmp_path)) > 2, "".join(seen)
     demo.send_signal(number)

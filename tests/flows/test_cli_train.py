@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows.cli import main
@@ -24,7 +25,7 @@ prompts_per_iteration = 1
 images_per_prompt = 2
 num_inference_steps = 2
 train_steps_per_sample = 1
-num_workers = 0
+num_workers = {workers}
 """
 
 
@@ -38,7 +39,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path, capsys):
     run = tmp_path / "run.toml"
-    run.write_text(RUN.format(base=tiny_sd_dir, iterations=2))
+    run.write_text(RUN.format(base=tiny_sd_dir, iterations=2, workers=0))
     places = ["--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / 'store'}"]
     code, stdout, stderr = command(capsys, str(run), *places)
     assert code == 0, stderr
@@ -51,10 +52,11 @@ def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, capsys, how):
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
+def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, capsys, how, workers):
+    """In the command's own process, and with a worker on a Ray cluster of its own, which ends with it."""
     run, out = tmp_path / "run.toml", tmp_path / "out"
-    run.write_text(RUN.format(base=tiny_sd_dir, iterations=100_000))
+    run.write_text(RUN.format(base=tiny_sd_dir, iterations=100_000, workers=workers))
     places = ["--output", str(out), "--checkpoints", str(tmp_path / "kept"), "--no-publish"]
     started = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "train", str(run), *places],
@@ -67,14 +69,17 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_pa
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 4:
         assert started.poll() is None, started.communicate()
         time.sleep(0.1)
+    family = psutil.Process(started.pid).children(recursive=True)
+    assert family or not workers
     os.kill(started.pid, how)
-    stdout, stderr = started.communicate(timeout=60)
+    stdout, stderr = started.communicate(timeout=120)
+    assert psutil.wait_procs(family, timeout=120)[1] == []
     assert (started.returncode, stdout) == (130, "")
     last = stderr.strip().splitlines()[-1]
     assert last == "Interrupted: run the same command again to resume from the last checkpoint."
     assert "Traceback" not in stderr
     reached = max(int(path.name.split("_")[1]) for path in (tmp_path / "kept").glob("iteration_*"))
-    run.write_text(RUN.format(base=tiny_sd_dir, iterations=reached + 2))
+    run.write_text(RUN.format(base=tiny_sd_dir, iterations=reached + 2, workers=0))
     code, _, stderr = command(capsys, str(run), *places)
     assert code == 0, stderr
     assert f"train colour {reached + 1}/{reached + 2}" in stderr
@@ -89,7 +94,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_pa
 )
 def test_errors_are_one_line_and_exit_2(tiny_sd_dir: Path, tmp_path: Path, capsys, iterations, store, expected):
     run = tmp_path / "run.toml"
-    run.write_text(RUN.format(base=tiny_sd_dir, iterations=iterations))
+    run.write_text(RUN.format(base=tiny_sd_dir, iterations=iterations, workers=0))
     places = ["--output", str(tmp_path / "out"), "--store-url", f"file://{tmp_path / store}"]
     code, _, stderr = command(capsys, str(run), *places)
     assert code == 2
