@@ -39,7 +39,7 @@ SIZES = {
     "wide": (200, 8),
     "strength": (24, 2),
     "sampling": (16, 4),
-    "retraining": (32, 4),
+    "retraining": (200, 8),
     "grid": (16, 4),
     "search": (8, 4),
     "gap": (8, 4),

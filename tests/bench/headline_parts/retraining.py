@@ -6,16 +6,21 @@ half its path KL, which says what can be had nearer the base.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from evaluations import run, span
+import numpy as np
+import pandas as pd
+from evaluations import Span, run, span
 
+from blend.metrics import interval, resample_weights
 from workers.bundles import find_record
-from workers.evaluation import EvaluateConfig
+from workers.evaluation import EvaluateConfig, load_evaluation
 from workers.evaluation.storing import prepare, settings_for
 
 EQUAL = {"colourfulness": 0.5, "compressibility": 0.5}
-METHODS = ("mpa", "ls", "cached", "staged", "soup")
+METHODS = ("mpa", "ls", "soup")
 ORACLES: dict[str, dict[str, Any]] = {
     "as the basis": {},
     "of another seed": {"seed": 1},
@@ -37,11 +42,33 @@ def families(config: EvaluateConfig) -> dict[str, EvaluateConfig]:
 
 def measure_retraining(config: EvaluateConfig) -> dict[str, Any]:
     """Gain and path KL of each oracle, each method's share of it, and of the mean of the seeds."""
-    found = {name: _measured(one) for name, one in families(config).items()}
-    first, *_ = seeds = [found[name] for name in SEEDS]
-    gain = sum(one["gain"]["mean"] for one in seeds) / len(seeds)
-    share = {method: first["gain"]["mean"] * of_first["mean"] / gain for method, of_first in first["share"].items()}
-    return {"retraining": {**found, "mean of the seeds": {"gain": gain, "share": share}}}
+    evaluations = families(config)
+    found = {name: _measured(one) for name, one in evaluations.items()}
+    return {"retraining": {**found, "mean of the seeds": _of_the_mean([evaluations[name] for name in SEEDS])}}
+
+
+def _of_the_mean(evaluations: Sequence[EvaluateConfig]) -> dict[str, Any]:
+    """Shares of the gain that these oracles have on average, resampled over prompts together with it."""
+    gains, [config, *_] = [_gains(one) for one in evaluations], evaluations
+    oracle = sum(one["oracle"] for one in gains) / len(gains)
+    draws = resample_weights(len(oracle), config.resamples, np.random.default_rng(config.bootstrap_seed))
+
+    def share(method: str) -> Span:
+        mine = gains[0][method]
+        return asdict(interval(mine.mean() / oracle.mean(), (draws @ mine) / (draws @ oracle)))
+
+    whole = asdict(interval(oracle.mean(), draws @ oracle))
+    return {"gain": whole, "share": {method: share(method) for method in METHODS}}
+
+
+def _gains(config: EvaluateConfig) -> pd.DataFrame:
+    """Weighted gain over the base per prompt and method, in the base's standard deviations."""
+    directory = run(config)
+    samples = load_evaluation(directory, table="samples")
+    scales = json.loads((directory / "summary.json").read_text())["scales"]
+    score = sum(weight * samples[name] / scales[name]["sd"] for name, weight in EQUAL.items())
+    means = score.groupby([samples["prompt_index"], samples["method"]]).mean().unstack()
+    return means.sub(means["base"], axis=0)
 
 
 def _measured(config: EvaluateConfig) -> dict[str, Any]:
