@@ -161,7 +161,7 @@ def test_serve_answers_until_it_is_interrupted(source, tmp_path, capsys):
     with (tmp_path / "errors").open("w") as errors:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1)
     try:
-        line = read_line(server, 150)
+        line = read_line(server, 300)
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, line + (tmp_path / "errors").read_text()
         image = tmp_path / "served.png"

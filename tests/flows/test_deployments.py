@@ -72,7 +72,7 @@ def test_only_the_evaluation_is_scheduled(deployed):
     assert not any(schedules.values())
 
 
-def wait_for(found: Callable[[], dict | None], seconds: float = 60) -> dict:
+def wait_for(found: Callable[[], dict | None], seconds: float = 300) -> dict:
     """What `found` returns, once it is something."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

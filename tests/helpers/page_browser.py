@@ -25,7 +25,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import httpx
 Event = dict[str, Any]
 
 
-def wait_for_event(api_url: str, event: str, seconds: float = 60.0, **payload: Any) -> Event:
+def wait_for_event(api_url: str, event: str, seconds: float = 300.0, **payload: Any) -> Event:
     """The newest event of this name whose payload has these values. AssertionError if there is none in time."""
     asked = {"filter": {"event": {"name": [event]}}, "limit": 50}
     deadline = time.monotonic() + seconds

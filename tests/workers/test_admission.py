@@ -3,9 +3,9 @@
 import asyncio
 import json
 import threading
-import time
 
 import pytest
+from endpoints import ROUTE, wait_until
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +15,6 @@ from workers.generation import forecast, plan
 from workers.routes import create_http
 from workers.service import GenerationService
 
-ROUTE = "/v1/images/generations"
 BASE = {
     "prompt": "a red car",
     "weights": {"warm": 0.25, "small": 0.75},
@@ -27,13 +26,6 @@ LONG = {**BASE, "num_inference_steps": 200, "n": 8}
 
 def ask(client, **fields):
     return client.post(ROUTE, json={**BASE, **fields})
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_a_full_queue_answers_429_with_numbers_and_recovers(client, service, opened):

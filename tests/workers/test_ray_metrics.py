@@ -72,7 +72,7 @@ def _traffic(client: TestClient, opened: Opened) -> None:
 
 def _read(ready) -> Page:
     [url] = metrics_pages()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         page = Page(httpx.get(url, timeout=30).text)
         if ready(page):

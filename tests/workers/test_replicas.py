@@ -51,8 +51,8 @@ def test_a_replica_whose_engine_thread_has_ended_is_replaced(breakable):
     before = httpx.post(url + ROUTE, json=BASE, timeout=60).json()
     [pid] = pids(engine)
     engine.end_engine.remote().result()
-    wait_until(lambda: engine.figures.remote().result()["pid"] != pid, seconds=120)
-    wait_until(lambda: httpx.get(f"{url}/readyz", timeout=60).status_code == 200, seconds=120)
+    wait_until(lambda: engine.figures.remote().result()["pid"] != pid)
+    wait_until(lambda: httpx.get(f"{url}/readyz", timeout=60).status_code == 200)
     assert httpx.post(url + ROUTE, json=BASE, timeout=60).json()["data"] == before["data"]
 
 
@@ -62,14 +62,14 @@ def test_work_that_piles_up_brings_a_second_replica(breakable):
     enough = threading.Event()
 
     def occupy() -> int:
-        with httpx.stream("POST", url + ROUTE, json=long, timeout=60) as reply:
+        with httpx.stream("POST", url + ROUTE, json=long, timeout=300) as reply:
             enough.wait()
             return reply.status_code
 
     with ThreadPoolExecutor(8) as pool:
         occupying = [pool.submit(occupy) for _ in range(8)]
         try:
-            wait_until(lambda: len(pids(engine)) == 2, seconds=120)
+            wait_until(lambda: len(pids(engine)) == 2)
         finally:
             enough.set()
         assert {one.result() for one in occupying} == {200}
