@@ -17,14 +17,13 @@ import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
 from headline_parts.jensen import measure_jensen
-from headline_parts.retraining import EQUAL, at_equal, measure_retraining
+from headline_parts.retraining import EQUAL, FEW, at_equal, measure_retraining
 from headline_parts.tables import read_evaluation, read_grid, read_strength
 
 from workers.evaluation import EvaluateConfig
 
 RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
-FEW = ("mpa", "ls", "soup")  # the blend, and what costs one model
 PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
 # The adapters were tuned at guidance 1, in 20 steps, and are evaluated at 3.
 SAMPLINGS: dict[str, dict[str, Any]] = {

@@ -8,19 +8,21 @@ half its path KL, which says what can be had nearer the base.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from evaluations import Span, run, span
+from evaluations import run, span
 
 from blend.metrics import interval, resample_weights
 from workers.bundles import find_record
 from workers.evaluation import EvaluateConfig, load_evaluation
+from workers.evaluation.shares import ratio
 from workers.evaluation.storing import prepare, settings_for
 
 EQUAL = {"colourfulness": 0.5, "compressibility": 0.5}
-METHODS = ("mpa", "ls", "soup")
+FEW = ("mpa", "ls", "soup")  # the blend, and what costs one model
 ORACLES: dict[str, dict[str, Any]] = {
     "as the basis": {},
     "of another seed": {"seed": 1},
@@ -37,33 +39,32 @@ def at_equal(config: EvaluateConfig, **changes: Any) -> EvaluateConfig:
 
 def families(config: EvaluateConfig) -> dict[str, EvaluateConfig]:
     """An evaluation of each oracle at equal weights of two rewards in conflict."""
-    return {name: at_equal(config, methods=METHODS, oracle_settings=settings) for name, settings in ORACLES.items()}
+    return {name: at_equal(config, methods=FEW, oracle_settings=settings) for name, settings in ORACLES.items()}
 
 
 def measure_retraining(config: EvaluateConfig) -> dict[str, Any]:
     """Gain and path KL of each oracle, each method's share of it, and of the mean of the seeds."""
     evaluations = families(config)
-    found = {name: _measured(one) for name, one in evaluations.items()}
-    return {"retraining": {**found, "mean of the seeds": _of_the_mean([evaluations[name] for name in SEEDS])}}
+    made = {name: run(one) for name, one in evaluations.items()}
+    found = {name: _measured(one, made[name]) for name, one in evaluations.items()}
+    return {"retraining": {**found, "mean of the seeds": _of_the_mean(config, [made[name] for name in SEEDS])}}
 
 
-def _of_the_mean(evaluations: Sequence[EvaluateConfig]) -> dict[str, Any]:
+def _of_the_mean(config: EvaluateConfig, directories: Sequence[Path]) -> dict[str, Any]:
     """Shares of the gain that these oracles have on average, resampled over prompts together with it."""
-    gains, [config, *_] = [_gains(one) for one in evaluations], evaluations
+    gains = [_gains(directory) for directory in directories]
     oracle = sum(one["oracle"] for one in gains) / len(gains)
     draws = resample_weights(len(oracle), config.resamples, np.random.default_rng(config.bootstrap_seed))
 
-    def share(method: str) -> Span:
-        mine = gains[0][method]
-        return asdict(interval(mine.mean() / oracle.mean(), (draws @ mine) / (draws @ oracle)))
+    whole, level = (oracle.mean(), draws @ oracle), config.confidence
+    share = {
+        method: asdict(ratio(mine.mean(), draws @ mine, *whole, level)) for method, mine in gains[0][list(FEW)].items()
+    }
+    return {"gain": asdict(interval(*whole, level)), "share": share}
 
-    whole = asdict(interval(oracle.mean(), draws @ oracle))
-    return {"gain": whole, "share": {method: share(method) for method in METHODS}}
 
-
-def _gains(config: EvaluateConfig) -> pd.DataFrame:
+def _gains(directory: Path) -> pd.DataFrame:
     """Weighted gain over the base per prompt and method, in the base's standard deviations."""
-    directory = run(config)
     samples = load_evaluation(directory, table="samples")
     scales = json.loads((directory / "summary.json").read_text())["scales"]
     score = sum(weight * samples[name] / scales[name]["sd"] for name, weight in EQUAL.items())
@@ -71,9 +72,9 @@ def _gains(config: EvaluateConfig) -> pd.DataFrame:
     return means.sub(means["base"], axis=0)
 
 
-def _measured(config: EvaluateConfig) -> dict[str, Any]:
+def _measured(config: EvaluateConfig, directory: Path) -> dict[str, Any]:
     [training] = prepare(config).oracle_runs.values()
-    summary = json.loads((run(config) / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text())
     oracle = next(row for row in summary["cells"] if row["method"] == "oracle")
     shares = {row["method"]: row for row in summary["rivals"]}
     _, record = find_record(f"{training.name}@1", settings_for(None), "adapter")
@@ -81,6 +82,6 @@ def _measured(config: EvaluateConfig) -> dict[str, Any]:
         "gain": span(oracle, "weighted_gain"),
         "path_kl": record.metrics["path_kl"].value,
         "binding_right": oracle["binding_right"],
-        "share": {method: span(shares[method], "share_of_oracle") for method in METHODS},
+        "share": {method: span(shares[method], "share_of_oracle") for method in FEW},
         "difference_to_mpa": span(shares["oracle"], "difference"),
     }
