@@ -38,7 +38,7 @@ from workers.training_restarts import Crashes, start_lean
 POLL_SECONDS = 0.2
 # how long workers may take to stop by themselves, and then to be killed
 STOP_SECONDS = 5
-KILL_SECONDS = 3
+KILL_SECONDS = 10
 
 
 def fit_on_ray(
@@ -88,8 +88,7 @@ def _follow(fit: "_Fit", board: ActorHandle, on_metrics: Callable[[Metrics], Non
     fit.start()
     try:
         error = None
-        while fit.is_alive() and error is None:
-            fit.join(POLL_SECONDS)
+        while error is None and not fit.ended.wait(POLL_SECONDS):
             error = _relay(board, on_metrics)
         error = error or _relay(board, on_metrics)
         if error is not None:
@@ -108,11 +107,16 @@ def _follow(fit: "_Fit", board: ActorHandle, on_metrics: Callable[[Metrics], Non
 
 
 class _Fit(threading.Thread):
-    """TorchTrainer.fit in its own thread, so that the calling thread shows progress and can be stopped."""
+    """TorchTrainer.fit in its own thread, so that the calling thread shows progress and can be stopped.
+
+    Wait for `ended`, not with join: Python 3.11 takes a thread for ended once an exception, as of Ctrl-C, meets the
+    join, and a thread still in Ray when it is shut down ends the process on the spot.
+    """
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._trainer = trainer
+        self.ended = threading.Event()
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -120,6 +124,8 @@ class _Fit(threading.Thread):
             self._trainer.fit()
         except Exception as error:
             self.error = error
+        finally:
+            self.ended.set()
 
 
 @contextmanager
@@ -146,11 +152,10 @@ def _stop(board: ActorHandle, fit: _Fit) -> None:
     """Ask the workers to stop, then end those that did not; the cluster may be gone already."""
     with suppress(Exception):
         ray.get(board.request_stop.remote(), timeout=STOP_SECONDS)
-        fit.join(STOP_SECONDS)
-        if fit.is_alive():
+        if not fit.ended.wait(STOP_SECONDS):
             for worker in ray.get(board.workers.remote(), timeout=KILL_SECONDS):
                 ray.kill(worker)
-            fit.join(KILL_SECONDS)
+            fit.ended.wait(KILL_SECONDS)
 
 
 def _relay(board: ActorHandle, on_metrics: Callable[[Metrics], None]) -> FinetuneError | None:

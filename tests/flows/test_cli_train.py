@@ -74,7 +74,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_pa
     os.kill(started.pid, how)
     stdout, stderr = started.communicate(timeout=120)
     assert psutil.wait_procs(family, timeout=120)[1] == []
-    assert (started.returncode, stdout) == (130, "")
+    assert (started.returncode, stdout) == (130, ""), stderr
     last = stderr.strip().splitlines()[-1]
     assert last == "Interrupted: run the same command again to resume from the last checkpoint."
     assert "Traceback" not in stderr
