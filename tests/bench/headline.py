@@ -1,8 +1,9 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
-infra/runs/headline.toml is the whole protocol, two days on two cores (--whole). What runs otherwise is its core: the
-preferences and strengths that have an oracle, on fewer prompts and seeds, one preference on all of them; then, each on
-fewer still, stronger blends with their path KL, other guidance and more steps, other oracles of one preference, the
+infra/runs/headline.toml is the whole protocol, two days on two cores (--whole). What runs otherwise is its core. On all
+its prompts and seeds: the blend, what costs one model, and models retrained for two rewards in conflict, of one of
+their preferences also by other seeds and nearer the base. On fewer: every preference and strength that has an oracle,
+with all methods and rivals. On fewer still: stronger blends with their path KL, other guidance and more steps, the
 grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What is stopped goes on where it
 was: nothing is made twice. results/headline.json says on how many prompts each part rests.
 """
@@ -53,8 +54,9 @@ def narrowed(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def widened(config: EvaluateConfig) -> EvaluateConfig:
-    """Blend, what costs one model, and retraining at equal weights of two rewards in conflict."""
-    return at_equal(narrowed(config), methods=FEW)
+    """Blend, what costs one model, and retraining at every oracle's weights of two rewards in conflict."""
+    in_conflict = tuple(one for one in config.oracle_weights if set(one) == set(EQUAL))
+    return at_equal(narrowed(config), methods=FEW, oracle_weights=in_conflict)
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -64,15 +66,8 @@ def searching(config: EvaluateConfig) -> EvaluateConfig:
 
 def dialled(config: EvaluateConfig) -> EvaluateConfig:
     """The blend at more than its usual strength, with the path KL: an oracle may have gone further than it goes."""
-    return at_equal(
-        narrowed(config),
-        methods=FEW,
-        oracle_weights=tuple(one for one in config.oracle_weights if set(one) == set(EQUAL)),
-        kl_methods=("mpa",),
-        kl_lambdas=(1.0, 1.25, 1.5),
-        kl_everywhere=True,
-        path_kl=True,
-    )
+    strengths = {"kl_methods": ("mpa",), "kl_lambdas": (1.0, 1.25, 1.5), "kl_everywhere": True, "path_kl": True}
+    return widened(config).model_copy(update=strengths)
 
 
 def gridded(config: EvaluateConfig) -> EvaluateConfig:
@@ -91,7 +86,7 @@ def measure_main(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def measure_sampling(config: EvaluateConfig) -> dict[str, Any]:
-    """Shares of the oracle's gain when the images are made by other guidance, or in more steps."""
+    """Shares of the oracle's gain at equal weights when the images are made by other guidance, or in more steps."""
     kept = ("prompts", "seeds", "share_of_oracle", "weighted_gain", "binding_right")
     found = {name: read_evaluation(run(config.model_copy(update=changes))) for name, changes in SAMPLINGS.items()}
     return {"sampling": {name: {key: one[key] for key in kept} for name, one in found.items()}}
@@ -107,7 +102,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
         "wide": lambda config: {"wide": read_evaluation(run(widened(core("wide", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
-        "sampling": lambda config: measure_sampling(widened(core("sampling", config))),
+        "sampling": lambda config: measure_sampling(at_equal(narrowed(core("sampling", config)), methods=FEW)),
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
         "grid": lambda config: {"grid": read_grid(run(gridded(core("grid", config))))},
         "search": lambda config: {"search": read_evaluation(run(searching(core("search", config))))},
