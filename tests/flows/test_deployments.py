@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
+from waiting import wait_for
 
 from flows.local_services import prefect_server, prefect_worker
 
@@ -70,16 +69,6 @@ def test_only_the_evaluation_is_scheduled(deployed):
     assert schedule["schedule"]["cron"] == "0 4 * * *"
     assert schedule["active"]
     assert not any(schedules.values())
-
-
-def wait_for(found: Callable[[], dict | None], seconds: float = 300) -> dict:
-    """What `found` returns, once it is something."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if (answer := found()) is not None:
-            return answer
-        time.sleep(0.1)
-    raise AssertionError(f"nothing came in {seconds:.0f} s")
 
 
 @pytest.mark.slow

@@ -1,24 +1,16 @@
-"""What tests of a running endpoint share: waiting, and reading a stream of server-sent events."""
+"""What tests of a running endpoint share: reading a stream of server-sent events."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 ROUTE = "/v1/images/generations"
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 300.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def events_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from waiting import PATIENCE_S, wait_for
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -25,7 +25,6 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_S = 180.0
 
 
 @contextmanager
@@ -38,23 +37,11 @@ def serve(application) -> Iterator[str]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        until(lambda: server.started)
+        wait_for(lambda: server.started)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
-
-
-def until(condition: Callable[[], object], page=None) -> object:
-    """Wait for something true; with a page its events go on meanwhile."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        if page is None:
-            time.sleep(0.02)
-        else:
-            page.wait_for_timeout(30)
-    return value
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +161,7 @@ class Visit:
             found = read_facts(png) if png else None
             return found if found and self._agrees(found) else None
 
-        return until(facts, self.page)
+        return self.until(facts)
 
     def _agrees(self, facts) -> bool:
         wanted = self.wanted()
@@ -191,7 +178,8 @@ class Visit:
         )
 
     def until(self, condition: Callable[[], object]) -> object:
-        return until(condition, self.page)
+        """What `condition` returns, once that is true; the page's events go on meanwhile."""
+        return wait_for(condition, pause=lambda seconds: self.page.wait_for_timeout(1000 * seconds))
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import json
 import threading
 
 import pytest
-from endpoints import ROUTE, wait_until
+from endpoints import ROUTE
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from workers.api import GenerationRequest
 from workers.generation import forecast, plan
@@ -37,7 +38,7 @@ def test_a_full_queue_answers_429_with_numbers_and_recovers(client, service, ope
     assert int(answer.headers["Retry-After"]) >= 1
     assert "UNet rows at" in answer.json()["error"]["message"]
     assert answer.json()["error"]["type"] == "rate_limit_error"
-    wait_until(lambda: service.loop.in_flight == 0)
+    wait_for(lambda: service.loop.in_flight == 0)
     assert ask(client).status_code == 200
 
 
@@ -57,7 +58,7 @@ def test_giving_up_frees_the_rows_at_once(service, opened):
 
     aborted = service.loop.counts["aborted"]
     asyncio.run(give_up())
-    wait_until(lambda: service.loop.in_flight == 0 and opened.engine.idle)
+    wait_for(lambda: service.loop.in_flight == 0 and opened.engine.idle)
     assert service.loop.counts["aborted"] == aborted + 1
 
 
@@ -89,7 +90,7 @@ def test_a_client_that_leaves_ends_its_work(service, opened):
 
     asyncio.run(run())
     assert sent[0]["status"] == 499
-    wait_until(lambda: service.loop.in_flight == 0 and opened.engine.idle)
+    wait_for(lambda: service.loop.in_flight == 0 and opened.engine.idle)
 
 
 def test_a_failed_forward_is_a_503_until_one_succeeds(client, opened, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import httpx
 import pytest
@@ -10,6 +9,7 @@ import ray
 from endpoints import ROUTE
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import wait_for
 
 from workers import ray_metrics
 from workers.generation import Opened
@@ -72,13 +72,12 @@ def _traffic(client: TestClient, opened: Opened) -> None:
 
 def _read(ready) -> Page:
     [url] = metrics_pages()
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        page = Page(httpx.get(url, timeout=30).text)
-        if ready(page):
-            return page
-        time.sleep(0.5)
-    raise AssertionError("the figures did not arrive")
+
+    def page() -> Page | None:
+        found = Page(httpx.get(url, timeout=30).text)
+        return found if ready(found) else None
+
+    return wait_for(page, "what is to be on the page", 0.5)
 
 
 def test_everything_declared_arrives_under_its_name(page):

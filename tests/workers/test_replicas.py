@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from endpoints import ROUTE, wait_until
+from endpoints import ROUTE
+from waiting import wait_for
 
 BASE = {"prompt": "a red car", "weights": {"warm": 1.0}, "num_inference_steps": 2, "seed": 1}
 
@@ -51,8 +52,8 @@ def test_a_replica_whose_engine_thread_has_ended_is_replaced(breakable):
     before = httpx.post(url + ROUTE, json=BASE, timeout=60).json()
     [pid] = pids(engine)
     engine.end_engine.remote().result()
-    wait_until(lambda: engine.figures.remote().result()["pid"] != pid)
-    wait_until(lambda: httpx.get(f"{url}/readyz", timeout=60).status_code == 200)
+    wait_for(lambda: engine.figures.remote().result()["pid"] != pid)
+    wait_for(lambda: httpx.get(f"{url}/readyz", timeout=60).status_code == 200)
     assert httpx.post(url + ROUTE, json=BASE, timeout=60).json()["data"] == before["data"]
 
 
@@ -69,7 +70,7 @@ def test_work_that_piles_up_brings_a_second_replica(breakable):
     with ThreadPoolExecutor(8) as pool:
         occupying = [pool.submit(occupy) for _ in range(8)]
         try:
-            wait_until(lambda: len(pids(engine)) == 2)
+            wait_for(lambda: len(pids(engine)) == 2)
         finally:
             enough.set()
         assert {one.result() for one in occupying} == {200}

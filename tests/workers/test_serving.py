@@ -9,7 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from endpoints import ROUTE, events_of, token_file, wait_until
+from endpoints import ROUTE, events_of, token_file
+from waiting import wait_for
 
 from workers.api import GenerationRequest, RequestError
 from workers.client import request_bundle, request_card, request_images, stream_images
@@ -141,11 +142,11 @@ def test_clients_that_hang_up_free_their_rows_streaming_or_not(endpoint, engine)
     before = figures(engine)["aborted"]
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(endpoint + ROUTE, json=LONG, headers=HEADERS, timeout=httpx.Timeout(10, read=2.0))
-    wait_until(lambda: figures(engine)["in_flight"] == 0)
+    wait_for(lambda: figures(engine)["in_flight"] == 0)
     for _ in range(5):
         with httpx.stream("POST", endpoint + ROUTE, json={**LONG, "stream": True}, headers=HEADERS) as reply:
             assert next(events_of(reply))["step"] == 0
-        wait_until(lambda: figures(engine)["in_flight"] == 0)
+        wait_for(lambda: figures(engine)["in_flight"] == 0)
     assert figures(engine)["aborted"] == before + 6
 
 
@@ -156,7 +157,7 @@ def test_a_full_queue_is_a_429_with_retry_after(endpoint, engine):
         answer = ask(endpoint, n=8, num_inference_steps=200)
     assert answer.status_code == 429
     assert int(answer.headers["Retry-After"]) >= 1
-    wait_until(lambda: figures(engine)["in_flight"] == 0)
+    wait_for(lambda: figures(engine)["in_flight"] == 0)
     assert ask(endpoint).status_code == 200
 
 
@@ -178,9 +179,9 @@ def test_a_lost_replica_costs_no_client_an_error(endpoint, engine):
 
     with ThreadPoolExecutor(3) as pool:
         streamed = pool.submit(stream, 3)
-        wait_until(lambda: begun.is_set() or streamed.done())
+        wait_for(lambda: begun.is_set() or streamed.done())
         pending = [pool.submit(ask, endpoint, seed=seed, **work) for seed in (1, 2)]
-        wait_until(lambda: figures(engine)["in_flight"] == 3 or streamed.done())
+        wait_for(lambda: figures(engine)["in_flight"] == 3 or streamed.done())
         os.kill(pid, signal.SIGKILL)
         answers, events = [one.result() for one in pending], streamed.result()
     assert [answer.status_code for answer in answers] == [200, 200]
@@ -231,7 +232,7 @@ def test_a_wrong_bundle_in_the_configuration_leaves_the_old_one_serving_and_read
     from workers.deploying import change_bundle
 
     change_bundle("nothing@1")
-    wait_until(lambda: httpx.get(f"{endpoint}/readyz", timeout=60).json().get("warning"))
+    wait_for(lambda: httpx.get(f"{endpoint}/readyz", timeout=60).json().get("warning"))
     ready = httpx.get(f"{endpoint}/readyz", timeout=60)
     assert ready.status_code == 200
     assert "nothing@1 could not be loaded" in ready.json()["warning"]
@@ -245,15 +246,15 @@ def test_an_alias_is_followed_and_a_store_that_is_gone_is_done_without(endpoint,
     assert request_bundle(endpoint, "tiny@champion", ADMIN).bundle.version == 1
     assert httpx.get(f"{endpoint}/readyz", timeout=60).json()["warning"] is None
     Registry(open_store(store_url)).promote("tiny", 2, actor="tests", reason="better")
-    wait_until(lambda: request_card(endpoint).bundle.version == 2)
+    wait_for(lambda: request_card(endpoint).bundle.version == 2)
     place = Path(store_url.removeprefix("file://"))
     place.rename(place.with_name("away"))
     try:
-        wait_until(lambda: httpx.get(f"{endpoint}/readyz", timeout=60).json()["warning"])
+        wait_for(lambda: httpx.get(f"{endpoint}/readyz", timeout=60).json()["warning"])
         assert ask(endpoint).json()["bundle"]["version"] == 2
     finally:
         place.with_name("away").rename(place)
-    wait_until(lambda: httpx.get(f"{endpoint}/readyz", timeout=60).json()["warning"] is None)
+    wait_for(lambda: httpx.get(f"{endpoint}/readyz", timeout=60).json()["warning"] is None)
 
 
 def test_deploying_again_changes_the_bundle_in_place(endpoint, engine, args):
@@ -276,7 +277,7 @@ def test_taking_it_down_lets_requests_end(endpoint, engine):
 
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(ask, endpoint, num_inference_steps=100, n=2)
-        wait_until(lambda: figures(engine)["in_flight"] == 1)
+        wait_for(lambda: figures(engine)["in_flight"] == 1)
         undeploy()
         assert pending.result().status_code == 200
 

@@ -7,8 +7,9 @@ import json
 
 import numpy as np
 import pytest
-from endpoints import ROUTE, events_of, wait_until
+from endpoints import ROUTE, events_of
 from PIL import Image
+from waiting import wait_for
 
 from workers.api import Caller, GenerationRequest, Refusal
 from workers.images import ImageFactsError, read_facts
@@ -110,7 +111,7 @@ def test_a_deadline_that_passes_ends_the_work(client, service):
     late = client.post(ROUTE, json=LONG, headers={"X-Request-Timeout": "0.3"})
     assert late.status_code == 408
     assert late.json()["error"]["type"] == "timeout_error"
-    wait_until(lambda: service.loop.in_flight == 0 and service.opened.engine.idle)
+    wait_for(lambda: service.loop.in_flight == 0 and service.opened.engine.idle)
 
 
 def test_no_one_waits_longer_than_the_bound_even_where_the_forecast_was_wrong(opened):
@@ -131,7 +132,7 @@ def test_no_one_waits_longer_than_the_bound_even_where_the_forecast_was_wrong(op
     assert all(f"({30 * 2 * 4} UNet rows at" in answer.message for answer in refused)
     assert all(answer.usage.queue_ms < 1e3 * 2 for answer in answers if not isinstance(answer, Refusal))
     assert len(refused) < len(answers)
-    wait_until(lambda: service.loop.in_flight == 0)
+    wait_for(lambda: service.loop.in_flight == 0)
     service.close()
     service.close()
 
@@ -164,7 +165,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_its_work(service, o
 
     aborted = service.loop.counts["aborted"]
     asyncio.run(run())
-    wait_until(lambda: service.loop.in_flight == 0 and opened.engine.idle)
+    wait_for(lambda: service.loop.in_flight == 0 and opened.engine.idle)
     assert service.loop.counts["aborted"] == aborted + 1
     assert sent[-1].get("more_body"), "nothing was said after the client had left"
 
@@ -226,5 +227,5 @@ def test_a_refusal_after_a_stream_began_says_when_to_try_again_as_the_header_wou
         told = json.loads(encode_event(refusal).decode().split("data: ")[1])["error"]
         assert told["type"] == "rate_limit_error"
         assert told["retry_after_s"] == refusal.retry_after_s >= 1
-    wait_until(lambda: service.loop.in_flight == 0)
+    wait_for(lambda: service.loop.in_flight == 0)
     service.close()

@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
+from waiting import wait_for
 
 from blend.finetune.checkpoint import iteration_of
 from blend.finetune.config import TrainConfig
@@ -42,11 +45,8 @@ def hours(kills, tiny_sd_dir):
     return {**kills.SETTINGS, "base_model": str(tiny_sd_dir), "iterations": 10_000, "num_workers": 1}
 
 
-def wait_for(condition, what):
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.05)
+def stuck_fit() -> training_ray._Fit:
+    return training_ray._Fit(SimpleNamespace(fit=threading.Event().wait))
 
 
 def newest(directory: Path) -> int:
@@ -216,10 +216,28 @@ def test_failed_run_does_not_wait_for_workers_that_are_stuck(monkeypatch):
     stopped = []
     monkeypatch.setattr(training_ray, "_relay", lambda *_: FinetuneError("the reward failed"))
     monkeypatch.setattr(training_ray, "_stop", lambda board, fit: stopped.append(fit))
-    fit = threading.Thread(target=threading.Event().wait, daemon=True)
+    fit = stuck_fit()
     with pytest.raises(FinetuneError, match="the reward failed"):
         training_ray._follow(fit, None, lambda metrics: None, "colour")
     assert stopped == [fit]
+
+
+@pytest.mark.slow
+def test_interrupt_in_the_middle_of_waiting_still_ends_workers_that_are_stuck(cluster, monkeypatch):
+    """Where a fit was taken for ended, Ray was shut down under it, which ended the command without a word."""
+    monkeypatch.setattr(training_ray, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(training_ray, "KILL_SECONDS", 0.5)
+    board, worker = (ray.remote(num_cpus=0)(Board).remote() for _ in range(2))
+    ray.get(board.enter.remote(0, worker))
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1)).start()
+        with pytest.raises(KeyboardInterrupt):
+            training_ray._follow(stuck_fit(), board, lambda metrics: None, "colour")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(worker.over.remote())
 
 
 @pytest.mark.slow
