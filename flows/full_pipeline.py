@@ -16,6 +16,7 @@ from flows.train_basis import train_basis
 from infra.manifests import AdapterRecord
 from infra.settings import read_settings
 from workers.cluster import ray_session
+from workers.training import TrainJob
 
 REWARDS = ("colourfulness", "compressibility")
 
@@ -67,7 +68,10 @@ def inside(directory: str | None, name: str) -> str | None:
 @task
 def plan_training(rewards: tuple[str, ...], settings: dict[str, Any]) -> list[TrainConfig]:
     """One run per reward, all checked before the first begins."""
-    return [TrainConfig.parse({"name": reward, "reward": reward} | settings, source="training") for reward in rewards]
+    runs = [TrainConfig.parse({"name": reward, "reward": reward} | settings, source="training") for reward in rewards]
+    for run in runs:
+        TrainJob.prepare(run)
+    return runs
 
 
 @task(task_run_name="fine-tune-{run.name}")

@@ -6,6 +6,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from workers.bundles import BundleError
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_figures")]
 
 REWARDS = ("colourfulness", "compressibility")
@@ -65,3 +67,12 @@ def test_a_second_run_trains_and_registers_nothing(prefect, serving, tiny_sd_dir
     assert [second[key] for key in ("bundle", "adapters", "evaluation")] == [
         first[key] for key in ("bundle", "adapters", "evaluation")
     ]
+
+
+def test_a_base_model_that_is_not_there_is_found_before_ray_is_asked_for(prefect, tmp_path, monkeypatch):
+    from flows import full_pipeline
+
+    monkeypatch.setattr(full_pipeline, "ray_session", lambda: pytest.fail("Ray was asked for"))
+    missing = SETTINGS | {"base_model": str(tmp_path / "no-such-model"), "store_url": f"file://{tmp_path / 'store'}"}
+    with pytest.raises(BundleError, match="no-such-model"):
+        full_pipeline.full_pipeline(**missing)
