@@ -43,7 +43,10 @@ class TrainJob(BaseModel):
 
     @classmethod
     def prepare(cls, config: TrainConfig) -> "TrainJob":
-        """Check everything a run needs before any work; ConfigError, RewardError, BundleError or ModelError otherwise."""
+        """Check everything a run needs before any work.
+
+        Raises ConfigError, RewardError, BundleError (no such base model) or ModelError (one that is not whole).
+        """
         _require_rewards(config)
         prompts = load_prompts(config.prompts, key="prompts")
         held_out = load_prompts(config.held_out_prompts, key="held_out_prompts")

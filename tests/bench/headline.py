@@ -1,11 +1,11 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
 infra/runs/headline.toml is the whole protocol, two days on two cores (--whole). What runs otherwise is its core. On all
-its prompts and seeds: the blend, what costs one model, and models retrained for two rewards in conflict, of one of
-their preferences also by other seeds and nearer the base. On fewer: every preference and strength that has an oracle,
-with all methods and rivals. On fewer still: stronger blends with their path KL, other guidance and more steps, the
-grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What is stopped goes on where it
-was: nothing is made twice. results/headline.json says on how many prompts each part rests.
+its prompts and seeds: the blend, what costs one model, and models retrained for two rewards in conflict; at their equal
+weights also the rivals, and models retrained by other seeds and nearer the base. On fewer: every preference and
+strength that has an oracle, with all methods and rivals. On fewer still: stronger blends with their path KL, other
+guidance and more steps, the grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What
+is stopped goes on where it was: nothing is made twice. results/headline.json says on how many prompts each part rests.
 """
 
 import argparse
@@ -37,6 +37,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 SIZES = {
     "main": (32, 4),
     "wide": (200, 8),
+    "rivals": (200, 8),
     "strength": (24, 2),
     "sampling": (16, 4),
     "retraining": (200, 8),
@@ -57,6 +58,12 @@ def widened(config: EvaluateConfig) -> EvaluateConfig:
     """Blend, what costs one model, and retraining at every oracle's weights of two rewards in conflict."""
     in_conflict = tuple(one for one in config.oracle_weights if set(one) == set(EQUAL))
     return at_equal(narrowed(config), methods=FEW, oracle_weights=in_conflict)
+
+
+def contested(config: EvaluateConfig) -> EvaluateConfig:
+    """Rivals that cost about what the blend costs, beside it, at equal weights of two rewards in conflict."""
+    narrow = narrowed(config)
+    return at_equal(narrow, methods=FEW, rivals=narrow.rivals)
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -101,6 +108,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
     return {
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
         "wide": lambda config: {"wide": read_evaluation(run(widened(core("wide", config))))},
+        "rivals": lambda config: {"rivals": read_evaluation(run(contested(core("rivals", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
         "sampling": lambda config: measure_sampling(at_equal(narrowed(core("sampling", config)), methods=FEW)),
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
