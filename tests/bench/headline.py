@@ -11,15 +11,17 @@ is stopped goes on where it was: nothing is made twice. results/headline.json sa
 import argparse
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
+from headline_parts.gains import gains_by_image, share_of_both
 from headline_parts.jensen import measure_jensen
 from headline_parts.retraining import EQUAL, FEW, at_equal, measure_retraining
-from headline_parts.tables import read_evaluation, read_grid, read_strength
+from headline_parts.tables import mix, read_evaluation, read_grid, read_strength
 
 from workers.evaluation import EvaluateConfig
 
@@ -92,6 +94,17 @@ def measure_main(config: EvaluateConfig) -> dict[str, Any]:
     return read_evaluation(directory)
 
 
+def measure_wide(config: EvaluateConfig) -> dict[str, Any]:
+    """Shares over all prompts, and what they may be with other seeds."""
+    directory = run(config)
+    both: dict[str, dict[str, Any]] = {name: {} for name in FEW}
+    for weights in config.oracle_weights:
+        gains = gains_by_image(directory, weights)
+        for name in FEW:
+            both[name][mix(weights)] = asdict(share_of_both(gains[name], gains["oracle"], config))
+    return {"wide": {**read_evaluation(directory), "share_of_both": both}}
+
+
 def measure_sampling(config: EvaluateConfig) -> dict[str, Any]:
     """Shares of the oracle's gain at equal weights when the images are made by other guidance, or in more steps."""
     kept = ("prompts", "seeds", "share_of_oracle", "weighted_gain", "binding_right")
@@ -107,7 +120,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
 
     return {
         "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
-        "wide": lambda config: {"wide": read_evaluation(run(widened(core("wide", config))))},
+        "wide": lambda config: measure_wide(widened(core("wide", config))),
         "rivals": lambda config: {"rivals": read_evaluation(run(contested(core("rivals", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
         "sampling": lambda config: measure_sampling(at_equal(narrowed(core("sampling", config)), methods=FEW)),

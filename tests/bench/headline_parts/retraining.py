@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from evaluations import run, span
+from headline_parts.gains import Array, gains_by_image, share_of_both
 
 from blend.metrics import interval, resample_weights
 from workers.bundles import find_record
-from workers.evaluation import EvaluateConfig, load_evaluation
+from workers.evaluation import EvaluateConfig
 from workers.evaluation.shares import ratio
 from workers.evaluation.storing import prepare, settings_for
 
@@ -51,25 +51,20 @@ def measure_retraining(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _of_the_mean(config: EvaluateConfig, directories: Sequence[Path]) -> dict[str, Any]:
-    """Shares of the gain that these oracles have on average, resampled over prompts together with it."""
-    gains = [_gains(directory) for directory in directories]
-    oracle = sum(one["oracle"] for one in gains) / len(gains)
+    """Shares of the gain that these oracles have on average, resampled together with it."""
+    gains = [gains_by_image(directory, EQUAL) for directory in directories]
+    oracle = np.mean([one["oracle"] for one in gains], axis=0)
     draws = resample_weights(len(oracle), config.resamples, np.random.default_rng(config.bootstrap_seed))
 
-    whole, level = (oracle.mean(), draws @ oracle), config.confidence
-    share = {
-        method: asdict(ratio(mine.mean(), draws @ mine, *whole, level)) for method, mine in gains[0][list(FEW)].items()
+    def over_prompts(table: Array) -> tuple[float, Array]:
+        return table.mean(), draws @ table.mean(axis=1)
+
+    whole, level = over_prompts(oracle), config.confidence
+    return {
+        "gain": asdict(interval(*whole, level)),
+        "share": {name: asdict(ratio(*over_prompts(gains[0][name]), *whole, level)) for name in FEW},
+        "share_of_both": {name: asdict(share_of_both(gains[0][name], oracle, config)) for name in FEW},
     }
-    return {"gain": asdict(interval(*whole, level)), "share": share}
-
-
-def _gains(directory: Path) -> pd.DataFrame:
-    """Weighted gain over the base per prompt and method, in the base's standard deviations."""
-    samples = load_evaluation(directory, table="samples")
-    scales = json.loads((directory / "summary.json").read_text())["scales"]
-    score = sum(weight * samples[name] / scales[name]["sd"] for name, weight in EQUAL.items())
-    means = score.groupby([samples["prompt_index"], samples["method"]]).mean().unstack()
-    return means.sub(means["base"], axis=0)
 
 
 def _measured(config: EvaluateConfig, directory: Path) -> dict[str, Any]:
