@@ -63,9 +63,12 @@ def widened(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def contested(config: EvaluateConfig) -> EvaluateConfig:
-    """Rivals that cost about what the blend costs, beside it, at equal weights of two rewards in conflict."""
+    """The blend beside rivals of about its cost, at equal weights of two rewards in conflict.
+
+    Without guidance by gradients, which compressibility has not.
+    """
     narrow = narrowed(config)
-    return at_equal(narrow, methods=FEW, rivals=narrow.rivals)
+    return at_equal(narrow, methods=FEW, rivals=tuple(name for name in narrow.rivals if not name.startswith("rgg")))
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
