@@ -54,7 +54,7 @@ def test_gains_are_those_of_the_mix_by_prompt_and_seed(gains, tmp_path):
 
 def test_a_share_that_is_the_same_everywhere_has_no_width(gains):
     whole = 1.0 + np.random.default_rng(0).random((PROMPTS, SEEDS))
-    share = gains.share_of_both(0.8 * whole, whole, SETTINGS)
+    share = gains.share_over_seeds(0.8 * whole, whole, SETTINGS)
     assert (share.mean, share.low, share.high) == pytest.approx((0.8, 0.8, 0.8))
 
 
@@ -62,7 +62,7 @@ def test_a_share_that_is_the_same_everywhere_has_no_width(gains):
 def test_what_differs_by_prompt_or_by_seed_alone_widens_the_interval(gains, axis):
     whole = np.ones((PROMPTS, SEEDS))
     mine = whole * np.expand_dims(np.linspace(0.2, 1.0, whole.shape[axis]), 1 - axis)
-    share = gains.share_of_both(mine, whole, SETTINGS)
+    share = gains.share_over_seeds(mine, whole, SETTINGS)
     # the standard error of a mean of so many evenly spread values, drawn with replacement
     error = np.linspace(0.2, 1.0, whole.shape[axis]).std() / np.sqrt(whole.shape[axis])
     assert share.mean == pytest.approx(0.6)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
-from headline_parts.gains import gains_by_image, share_of_both
+from headline_parts.gains import gains_by_image, share_over_seeds
 from headline_parts.jensen import measure_jensen
 from headline_parts.retraining import EQUAL, FEW, at_equal, measure_retraining
 from headline_parts.tables import mix, read_evaluation, read_grid, read_strength
@@ -104,8 +104,8 @@ def measure_wide(config: EvaluateConfig) -> dict[str, Any]:
     for weights in config.oracle_weights:
         gains = gains_by_image(directory, weights)
         for name in FEW:
-            both[name][mix(weights)] = asdict(share_of_both(gains[name], gains["oracle"], config))
-    return {"wide": {**read_evaluation(directory), "share_of_both": both}}
+            both[name][mix(weights)] = asdict(share_over_seeds(gains[name], gains["oracle"], config))
+    return {"wide": {**read_evaluation(directory), "share_over_seeds": both}}
 
 
 def measure_sampling(config: EvaluateConfig) -> dict[str, Any]:

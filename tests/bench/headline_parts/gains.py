@@ -36,7 +36,7 @@ def gains_by_image(directory: Path, weights: Mapping[str, float]) -> dict[str, A
     return {method: table - tables["base"] for method, table in tables.items() if method != "base"}
 
 
-def share_of_both(mine: Array, whole: Array, config: EvaluateConfig) -> Interval:
+def share_over_seeds(mine: Array, whole: Array, config: EvaluateConfig) -> Interval:
     """Share that gains [prompts, seeds] are of others, over prompts and seeds drawn anew."""
     generator = np.random.default_rng(config.bootstrap_seed)
     prompts, seeds = (resample_weights(count, config.resamples, generator) for count in whole.shape)

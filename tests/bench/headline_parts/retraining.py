@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from evaluations import run, span
-from headline_parts.gains import Array, gains_by_image, share_of_both
+from headline_parts.gains import Array, gains_by_image, share_over_seeds
 
 from blend.metrics import interval, resample_weights
 from workers.bundles import find_record
@@ -63,7 +63,7 @@ def _of_the_mean(config: EvaluateConfig, directories: Sequence[Path]) -> dict[st
     return {
         "gain": asdict(interval(*whole, level)),
         "share": {name: asdict(ratio(*over_prompts(gains[0][name]), *whole, level)) for name in FEW},
-        "share_of_both": {name: asdict(share_of_both(gains[0][name], oracle, config)) for name in FEW},
+        "share_over_seeds": {name: asdict(share_over_seeds(gains[0][name], oracle, config)) for name in FEW},
     }
 
 
