@@ -46,7 +46,7 @@ def test_gains_are_those_of_the_mix_by_prompt_and_seed(gains, tmp_path):
     scales = {"vivid": {"sd": 2.0}, "small": {"sd": 4.0}}
     summary = {"schema_version": SCHEMA_VERSION, "facts": {"digest": "00"}, "scales": scales}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    found = gains.gains_by_image(tmp_path, MIX)
+    found = gains.gains_by_image(gains.read_images(tmp_path), MIX)
     assert {name: table.shape for name, table in found.items()} == dict.fromkeys(("mpa", "oracle"), (PROMPTS, SEEDS))
     np.testing.assert_allclose(found["mpa"], 3.0)
     np.testing.assert_allclose(found["oracle"], 4.0)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
-from headline_parts.gains import gains_by_image, share_over_seeds
+from headline_parts.gains import gains_by_image, read_images, share_over_seeds
 from headline_parts.jensen import measure_jensen
 from headline_parts.retraining import EQUAL, FEW, at_equal, measure_retraining
 from headline_parts.tables import mix, read_evaluation, read_grid, read_strength
 
 from workers.evaluation import EvaluateConfig
+from workers.evaluation.rivals import parse_rival
 
 RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
@@ -68,7 +69,8 @@ def contested(config: EvaluateConfig) -> EvaluateConfig:
     Without guidance by gradients, which compressibility has not.
     """
     narrow = narrowed(config)
-    return at_equal(narrow, methods=FEW, rivals=tuple(name for name in narrow.rivals if not name.startswith("rgg")))
+    rivals = tuple(name for name in narrow.rivals if not parse_rival(name).needs_gradients)
+    return at_equal(narrow, methods=FEW, rivals=rivals)
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -100,12 +102,13 @@ def measure_main(config: EvaluateConfig) -> dict[str, Any]:
 def measure_wide(config: EvaluateConfig) -> dict[str, Any]:
     """Shares over all prompts, and what they may be with other seeds."""
     directory = run(config)
-    both: dict[str, dict[str, Any]] = {name: {} for name in FEW}
+    images = read_images(directory)
+    shares: dict[str, dict[str, Any]] = {name: {} for name in FEW}
     for weights in config.oracle_weights:
-        gains = gains_by_image(directory, weights)
+        gains = gains_by_image(images, weights)
         for name in FEW:
-            both[name][mix(weights)] = asdict(share_over_seeds(gains[name], gains["oracle"], config))
-    return {"wide": {**read_evaluation(directory), "share_over_seeds": both}}
+            shares[name][mix(weights)] = asdict(share_over_seeds(gains[name], gains["oracle"], config))
+    return {"wide": {**read_evaluation(directory), "share_over_seeds": shares}}
 
 
 def measure_sampling(config: EvaluateConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from blend.metrics import Interval, resample_weights
@@ -19,19 +20,24 @@ from workers.evaluation.shares import ratio
 Array = NDArray[np.float64]
 
 
-def gains_by_image(directory: Path, weights: Mapping[str, float]) -> dict[str, Array]:
-    """method -> weighted gain over the base [prompts, seeds] at this mix and lambda 1, in the base's deviations."""
+def read_images(directory: Path) -> pd.DataFrame:
+    """The samples of an evaluation, rewards in the base's standard deviations."""
     samples = load_evaluation(directory, table="samples")
     scales = json.loads((directory / "summary.json").read_text())["scales"]
-    score = sum(weight * samples[name] / scales[name]["sd"] for name, weight in weights.items())
-    mixes = samples.filter(like="w_")
+    return samples.assign(**{name: samples[name] / scale["sd"] for name, scale in scales.items()})
+
+
+def gains_by_image(images: pd.DataFrame, weights: Mapping[str, float]) -> dict[str, Array]:
+    """method -> weighted gain over the base [prompts, seeds] at this mix and lambda 1."""
+    score = sum(weight * images[name] for name, weight in weights.items())
+    mixes = images.filter(like="w_")
     wanted = [weights.get(name.removeprefix("w_"), 0.0) for name in mixes]
-    fitting = (samples["method"] == "base") | (
-        np.isclose(mixes, wanted).all(axis=1) & (samples["kl_lambda"] == 1) & (samples["method"] != "adapter")
+    fitting = (images["method"] == "base") | (
+        np.isclose(mixes, wanted).all(axis=1) & (images["kl_lambda"] == 1) & (images["method"] != "adapter")
     )
     tables = {
         method: rows.pivot(index="prompt_index", columns="seed", values="score").to_numpy()
-        for method, rows in samples.assign(score=score)[fitting].groupby("method")
+        for method, rows in images.assign(score=score)[fitting].groupby("method")
     }
     return {method: table - tables["base"] for method, table in tables.items() if method != "base"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from evaluations import run, span
-from headline_parts.gains import Array, gains_by_image, share_over_seeds
+from headline_parts.gains import Array, gains_by_image, read_images, share_over_seeds
 
 from blend.metrics import interval, resample_weights
 from workers.bundles import find_record
@@ -52,7 +52,7 @@ def measure_retraining(config: EvaluateConfig) -> dict[str, Any]:
 
 def _of_the_mean(config: EvaluateConfig, directories: Sequence[Path]) -> dict[str, Any]:
     """Shares of the gain that these oracles have on average, resampled together with it."""
-    gains = [gains_by_image(directory, EQUAL) for directory in directories]
+    gains = [gains_by_image(read_images(directory), EQUAL) for directory in directories]
     oracle = np.mean([one["oracle"] for one in gains], axis=0)
     draws = resample_weights(len(oracle), config.resamples, np.random.default_rng(config.bootstrap_seed))
 
