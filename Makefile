@@ -11,12 +11,13 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help install demo test check format bench wheel lock clean
+.PHONY: help install demo test test-long check format bench wheel lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo            fine-tune, register, evaluate, deploy and request one image (3 minutes on two free cores)"
-	@echo "make test            the whole test suite"
+	@echo "make test            the tests, but for those that take half a minute or more each"
+	@echo "make test-long       those: whole jobs on Ray and Prefect, killed, interrupted and gone on with"
 	@echo "make check           ruff, mypy, import contracts (with CI set also the wheel)"
 	@echo "make bench [BENCH=x] benchmarks; figures go to tests/bench/results/"
 	@echo "make format          let ruff format and fix the sources"
@@ -42,7 +43,10 @@ demo: $(STAMP)
 
 # Two workers for two cores; a file stays on one of them, with what its tests share.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 check: $(STAMP) $(if $(CI),wheel)
 	$(BIN)/ruff check .

@@ -104,6 +104,7 @@ def test_fine_tuning_goes_on_where_a_case_does_not_fit(script, capsys, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fine_tuning_runs_under_torchrun(tmp_path):
     command = [
         sys.executable,

@@ -134,6 +134,7 @@ def test_python_draws_the_picture_that_is_shown(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_serve_answers_what_the_examples_ask(tmp_path):
     [curl] = [block for block in blocks("bash") if block.startswith("curl")]
     [python] = [block for block in blocks("python") if "openai" in block]

@@ -73,6 +73,7 @@ def test_decoder_training_leaves_the_latents_alone():
     assert any(not torch.equal(a, b) for a, b in zip(weights, codec.decoder.parameters(), strict=True))
 
 
+@pytest.mark.long
 def test_build_writes_a_directory_that_diffusers_loads(tmp_path, monkeypatch):
     # hundreds of pictures are judged, of a model that has learnt nothing
     monkeypatch.setattr("blend.sprites.export.STEPS", 2)

@@ -51,6 +51,7 @@ def started_below(directory: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_demo_does_the_whole_job_and_leaves_nothing_running(cli, tmp_path, tiny_sd_dir):
     run = tmp_path / "tiny.toml"
     run.write_text(TINY_RUN.format(base=tiny_sd_dir))
@@ -70,6 +71,7 @@ def test_demo_does_the_whole_job_and_leaves_nothing_running(cli, tmp_path, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_failing_demo_says_what_failed_and_leaves_nothing_running(cli, tmp_path):
     run = tmp_path / "broken.toml"
     run.write_text(TINY_RUN.format(base=tmp_path / "no-such-model"))
@@ -83,6 +85,7 @@ def test_a_failing_demo_says_what_failed_and_leaves_nothing_running(cli, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "fine-tune"), (signal.SIGTERM, "Storage: ")])
 def test_an_interrupted_demo_leaves_nothing_running(started_cli, tmp_path, tiny_sd_dir, number, stage):
     """While a flow trains, and when the services are up and nothing else is."""

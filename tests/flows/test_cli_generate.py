@@ -156,6 +156,7 @@ def test_a_taken_port_is_said_before_anything_starts(source, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_serve_answers_until_it_is_interrupted(source, tmp_path, capsys):
     command = [sys.executable, "-m", "flows.cli", "serve", *source, "--port", "0"]
     with (tmp_path / "errors").open("w") as errors:

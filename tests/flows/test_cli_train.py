@@ -52,6 +52,7 @@ def test_train_shows_progress_and_publishes(tiny_sd_dir: Path, tmp_path: Path, c
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_sd_dir: Path, tmp_path: Path, capsys, how, workers):
     """In the command's own process, and with a worker on a Ray cluster of its own, which ends with it."""

@@ -20,6 +20,7 @@ def artifacts() -> dict[str, str]:
     return {artifact["key"]: artifact["data"] for artifact in found}
 
 
+@pytest.mark.long
 def test_a_bundle_is_deployed_tried_and_reported(prefect, serving, tiny_store_url):
     from workers.deploying import check_port, undeploy
 

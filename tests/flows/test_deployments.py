@@ -123,6 +123,7 @@ def test_the_run_that_found_a_regression_is_marked_and_no_other(deployed):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_trains_an_adapter_on_request(deployed, tmp_path, tiny_sd_dir):
     home, environment = deployed
     run = {

@@ -42,6 +42,7 @@ def written(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_second_run_trains_and_registers_nothing(prefect, serving, tiny_sd_dir, tmp_path, monkeypatch):
     from flows.full_pipeline import full_pipeline
     from flows.local_services import free_port

@@ -37,6 +37,7 @@ def endpoint(bench, cluster, tiny_store_url, tmp_path_factory):
     serve.shutdown()
 
 
+@pytest.mark.long
 def test_images_made_in_company_are_those_made_alone_bit_by_bit(bench, endpoint):
     outcome = bench("equality").run(endpoint, 12, steps=(2, 5))
     assert outcome.complaints() == []
@@ -44,6 +45,7 @@ def test_images_made_in_company_are_those_made_alone_bit_by_bit(bench, endpoint)
     assert (outcome.figures["mismatches"], outcome.figures["largest_difference"]) == (0, 0)
 
 
+@pytest.mark.long
 def test_clients_that_leave_leave_nothing_behind(bench, endpoint):
     outcome = bench("disconnects").run(endpoint, 10)
     assert outcome.complaints() == []
@@ -52,6 +54,7 @@ def test_clients_that_leave_leave_nothing_behind(bench, endpoint):
     assert outcome.figures["aborted"] >= 8
 
 
+@pytest.mark.long
 def test_all_processes_of_the_endpoint_are_watched(bench, endpoint):
     processes = endpoint.processes()
     assert processes.keys() == {"engine", "ingress", "proxy"}

@@ -60,6 +60,7 @@ def test_an_evaluation_scores_by_a_plugin(expected):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluation_on_ray_scores_by_a_plugin_on_an_actor(cluster, expected, rivals_store_url, tmp_path):
     planned = prepare(CONFIG.model_copy(update={"num_workers": 1, "reward_actors": 1}), rivals_store_url)
     assert planned.digest == prepare(CONFIG, rivals_store_url).digest

@@ -10,7 +10,7 @@ from waiting import wait_for
 
 BASE = {"prompt": "a red car", "weights": {"warm": 1.0}, "num_inference_steps": 2, "seed": 1}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,7 @@ def assert_same_adapter(one, other):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_actors_killed_while_they_score_change_nothing(cluster, settings, expected, tmp_path, monkeypatch):
     """The adapter is, bit for bit, that of a run that scores in its own process."""
     calls = tmp_path / "calls"
@@ -133,6 +134,7 @@ def test_a_batch_that_kills_every_actor_ends_the_run(cluster, settings, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("count", [0, 1])
 def test_an_error_of_the_reward_reaches_the_caller(cluster, settings, tmp_path, count):
     """On an actor, and in this process."""

@@ -161,6 +161,7 @@ def test_a_full_queue_is_a_429_with_retry_after(endpoint, engine):
     assert ask(endpoint).status_code == 200
 
 
+@pytest.mark.long
 def test_a_lost_replica_costs_no_client_an_error(endpoint, engine):
     """The replica's process ends under requests; its successor makes the same images, the streamed one too."""
     pid = figures(engine)["pid"]

@@ -201,6 +201,7 @@ def test_two_ray_workers_take_the_gradient_of_one(cluster, settings, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_runs_share_a_cluster_and_resume_on_it(cluster, fitted, settings, tmp_path):
     """One of them was begun in this process; both end at the adapter that this process trains."""
     configs = [TrainConfig.parse({**settings, "num_workers": 1, "name": name}) for name in ("a", "b")]
@@ -230,6 +231,7 @@ def test_two_runs_share_a_cluster_and_resume_on_it(cluster, fitted, settings, tm
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_errors_on_ray_reach_the_caller(cluster, settings, tmp_path):
     with pytest.raises(ConfigError, match=r"num_workers is 4: the Ray cluster has 2 CPUs"):
         fit_basis(TrainConfig.parse({**settings, "num_workers": 4, "held_out_images": 8}), output_dir=tmp_path / "many")

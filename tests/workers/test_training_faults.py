@@ -57,6 +57,7 @@ def newest(directory: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # every restart imports torch and diffusers twice
 def test_killed_workers_change_no_bit(cluster, kills, tiny_sd_dir, tmp_path):
     """One kill; the benchmark (tests/bench) does ten, of workers that were restarted."""
@@ -66,6 +67,7 @@ def test_killed_workers_change_no_bit(cluster, kills, tiny_sd_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_processes_without_ray_change_no_bit(kills, settings, tmp_path):
     """Each process goes on for a random while after a checkpoint of its own, and is killed there."""
     config = TrainConfig.parse({**settings, "num_workers": 0, "iterations": 24})
@@ -152,6 +154,7 @@ def test_early_stopped_run_goes_on_only_when_iterations_were_raised(settings):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_run_ends_its_workers_in_the_middle_of_an_iteration(cluster, kills, settings, tmp_path):
     """Two workers, which the end of one must not leave waiting for the other; the cluster stays up."""
     config = TrainConfig.parse({**settings, "iterations": 2, "num_inference_steps": 40, "images_per_prompt": 24})
@@ -190,6 +193,7 @@ num_workers = 1
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_command_leaves_no_process_and_a_checkpoint_to_go_on_from(hours, tmp_path):
     """SIGKILL, after which nothing of it can tidy up; what is trained next goes on, without Ray too."""
     run, directory = tmp_path / "run.toml", tmp_path / "out"
