@@ -1,11 +1,12 @@
 """The headline: does the blend beat its rivals and match models retrained for each preference?
 
 infra/runs/headline.toml is the whole protocol, two days on two cores (--whole). What runs otherwise is its core. On all
-its prompts and seeds: the blend, what costs one model, and models retrained for two rewards in conflict; at their equal
-weights also the rivals, and models retrained by other seeds and nearer the base. On fewer: every preference and
-strength that has an oracle, with all methods and rivals. On fewer still: stronger blends with their path KL, other
-guidance and more steps, the grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap. What
-is stopped goes on where it was: nothing is made twice. results/headline.json says on how many prompts each part rests.
+its prompts and seeds: every method and rival beside the models retrained for three mixes of two rewards in conflict and
+for half the strength, and beside models retrained by other seeds and nearer the base. On fewer: every mix that has an
+oracle, among them one whose rewards have gradients to be guided by. On fewer still: stronger blends with their path KL,
+other guidance and more steps, the grids of weights and strengths, the rivals of twenty candidates, and the Jensen gap.
+What is stopped goes on where it was: nothing is made twice. results/headline.json says on how many prompts each part
+rests.
 """
 
 import argparse
@@ -38,9 +39,8 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 }
 # Prompts and seeds of each part.
 SIZES = {
-    "main": (32, 4),
-    "wide": (200, 8),
-    "rivals": (200, 8),
+    "main": (200, 8),
+    "mixes": (32, 4),
     "strength": (24, 2),
     "sampling": (16, 4),
     "retraining": (200, 8),
@@ -57,20 +57,12 @@ def narrowed(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update={**grids, "rivals": rivals})
 
 
-def widened(config: EvaluateConfig) -> EvaluateConfig:
-    """Blend, what costs one model, and retraining at every oracle's weights of two rewards in conflict."""
-    in_conflict = tuple(one for one in config.oracle_weights if set(one) == set(EQUAL))
-    return at_equal(narrowed(config), methods=FEW, oracle_weights=in_conflict)
-
-
 def contested(config: EvaluateConfig) -> EvaluateConfig:
-    """The blend beside rivals of about its cost, at equal weights of two rewards in conflict.
-
-    Without guidance by gradients, which compressibility has not.
-    """
+    """Only two rewards in conflict, whose rivals are those without gradients: compressibility has none."""
     narrow = narrowed(config)
+    in_conflict = tuple(one for one in narrow.oracle_weights if set(one) == set(EQUAL))
     rivals = tuple(name for name in narrow.rivals if not parse_rival(name).needs_gradients)
-    return at_equal(narrow, methods=FEW, rivals=rivals)
+    return narrow.model_copy(update={"oracle_weights": in_conflict, "rivals": rivals})
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -81,7 +73,8 @@ def searching(config: EvaluateConfig) -> EvaluateConfig:
 def dialled(config: EvaluateConfig) -> EvaluateConfig:
     """The blend at more than its usual strength, with the path KL: an oracle may have gone further than it goes."""
     strengths = {"kl_methods": ("mpa",), "kl_lambdas": (1.0, 1.25, 1.5), "kl_everywhere": True, "path_kl": True}
-    return widened(config).model_copy(update=strengths)
+    plain = {"methods": FEW, "rivals": (), "oracle_lambdas": {}}
+    return contested(config).model_copy(update={**plain, **strengths})
 
 
 def gridded(config: EvaluateConfig) -> EvaluateConfig:
@@ -90,25 +83,25 @@ def gridded(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def measure_main(config: EvaluateConfig) -> dict[str, Any]:
-    """The evaluation itself; its pictures and its table are kept for the README."""
+    """The evaluation itself, and its shares with other seeds; its pictures and its table are kept for the README."""
     directory = run(config)
     for name, kept in PICTURES.items():
         if (directory / name).is_file():
             shutil.copyfile(directory / name, RESULTS / kept)
     shutil.copyfile(directory / "summary.csv", RESULTS / "headline.csv")
-    return read_evaluation(directory)
+    return {**read_evaluation(directory), "share_over_seeds": measure_over_seeds(config, directory)}
 
 
-def measure_wide(config: EvaluateConfig) -> dict[str, Any]:
-    """Shares over all prompts, and what they may be with other seeds."""
-    directory = run(config)
+def measure_over_seeds(config: EvaluateConfig, directory: Path) -> dict[str, dict[str, Any]]:
+    """method -> preference -> share of the oracle's gain with prompts and seeds drawn anew."""
     images = read_images(directory)
-    shares: dict[str, dict[str, Any]] = {name: {} for name in FEW}
+    shares: dict[str, dict[str, Any]] = {}
     for weights in config.oracle_weights:
         gains = gains_by_image(images, weights)
-        for name in FEW:
-            shares[name][mix(weights)] = asdict(share_over_seeds(gains[name], gains["oracle"], config))
-    return {"wide": {**read_evaluation(directory), "share_over_seeds": shares}}
+        oracle = gains.pop("oracle")
+        for name, mine in gains.items():
+            shares.setdefault(name, {})[mix(weights)] = asdict(share_over_seeds(mine, oracle, config))
+    return shares
 
 
 def measure_sampling(config: EvaluateConfig) -> dict[str, Any]:
@@ -125,9 +118,8 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
         return sized(config, *SIZES[name])
 
     return {
-        "main": lambda config: measure_main(config if whole else narrowed(core("main", config))),
-        "wide": lambda config: measure_wide(widened(core("wide", config))),
-        "rivals": lambda config: {"rivals": read_evaluation(run(contested(core("rivals", config))))},
+        "main": lambda config: measure_main(config if whole else contested(core("main", config))),
+        "mixes": lambda config: {"mixes": read_evaluation(run(narrowed(core("mixes", config))))},
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
         "sampling": lambda config: measure_sampling(at_equal(narrowed(core("sampling", config)), methods=FEW)),
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
