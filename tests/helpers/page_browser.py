@@ -6,13 +6,12 @@ A plugin: name it in `pytest_plugins` of a test module.
 from __future__ import annotations
 
 import base64
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from endpoints import serve
 from waiting import PATIENCE_S, wait_for
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -25,23 +24,6 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-
-
-@contextmanager
-def serve(application) -> Iterator[str]:
-    """An ASGI application on a free port; yields its URL."""
-    import uvicorn
-
-    config = uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,12 @@
 """The document at /openapi.json is complete and true, and the official OpenAI client works against the service."""
 
 import base64
-import threading
 import time
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from endpoints import token_file
+from endpoints import serve, token_file
 
 from workers.api import ErrorAnswer, GenerationRequest
 from workers.events import CompletedEvent
@@ -29,15 +27,8 @@ def document(service):
 def served(service, tmp_path_factory):
     """The service behind a real server on loopback, with tokens."""
     tokens = Tokens(token_file(tmp_path_factory.mktemp("t") / "tokens", ann=("images", "key")))
-    config = uvicorn.Config(create_http(service, tokens=tokens), port=0, log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serve(create_http(service, tokens=tokens)) as url:
+        yield url
 
 
 @pytest.fixture

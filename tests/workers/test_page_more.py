@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import shutil
@@ -11,6 +10,7 @@ import sys
 
 import httpx
 import pytest
+from endpoints import serve, token_file
 from PIL import Image, ImageChops
 
 pytestmark = pytest.mark.slow
@@ -197,14 +197,11 @@ def test_a_busy_server_is_asked_again(visit, page_service, page_url, monkeypatch
 
 
 def test_a_server_that_wants_a_token_gets_one(visit, page_service, tmp_path):
-    from page_browser import serve
-
     from workers.routes import create_http
     from workers.tokens import Tokens
 
-    file = tmp_path / "tokens"
-    file.write_text(f"alice images {hashlib.sha256(b'open sesame').hexdigest()}\n")
-    with serve(create_http(page_service, tokens=Tokens(file))) as url:
+    tokens = Tokens(token_file(tmp_path / "tokens", alice=("images", "open sesame")))
+    with serve(create_http(page_service, tokens=tokens)) as url:
         tab = visit(url, permissions=["clipboard-read", "clipboard-write"]).open_quick()
         field = tab.page.get_by_label("This endpoint asks for a token")
         field.fill("wrong")
@@ -224,7 +221,6 @@ def test_a_server_that_wants_a_token_gets_one(visit, page_service, tmp_path):
 
 
 def test_behind_a_prefix_everything_is_asked_for_there(visit, page_service):
-    from page_browser import serve
     from starlette.applications import Starlette
     from starlette.routing import Mount
 
@@ -268,8 +264,6 @@ def test_every_control_has_a_name(visit, evaluated):
 @pytest.mark.parametrize("count", [1, 2])
 def test_other_numbers_of_adapters(visit, tiny_sd_dir, tiny_adapters, count):
     """One needs no preference; two have sliders alone."""
-    from page_browser import serve
-
     from workers.engine_args import EngineArgs
     from workers.loading import open_engine
     from workers.routes import create_http
