@@ -1,4 +1,4 @@
-"""The headline's own statistics: gains image by image, and shares with prompts and seeds drawn anew."""
+"""The headline's own statistics: gains image by image, differences, and shares with prompts and seeds drawn anew."""
 
 import importlib
 import json
@@ -50,6 +50,16 @@ def test_gains_are_those_of_the_mix_by_prompt_and_seed(gains, tmp_path):
     assert {name: table.shape for name, table in found.items()} == dict.fromkeys(("mpa", "oracle"), (PROMPTS, SEEDS))
     np.testing.assert_allclose(found["mpa"], 3.0)
     np.testing.assert_allclose(found["oracle"], 4.0)
+
+
+def test_a_difference_is_paired_by_image(gains):
+    other = np.random.default_rng(0).normal(size=(PROMPTS, SEEDS))
+    more = gains.difference(other + 0.5, other, SETTINGS)
+    assert (more.mean, more.low, more.high) == pytest.approx((0.5, 0.5, 0.5))
+    steps = np.linspace(0.2, 1.0, PROMPTS)
+    more = gains.difference(other + steps[:, None], other, SETTINGS)
+    assert more.mean == pytest.approx(0.6)
+    assert more.high - more.low == pytest.approx(2 * 1.96 * steps.std() / np.sqrt(PROMPTS), rel=0.15)
 
 
 def test_a_share_that_is_the_same_everywhere_has_no_width(gains):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from evaluations import run, sized
 from figures import RESULTS, write_figures
-from headline_parts.gains import gains_by_image, read_images, share_over_seeds
+from headline_parts.gains import difference, gains_by_image, read_images, share_over_seeds
 from headline_parts.jensen import measure_jensen
 from headline_parts.retraining import EQUAL, FEW, at_equal, measure_retraining
 from headline_parts.tables import mix, read_evaluation, read_grid, read_strength
@@ -29,7 +29,7 @@ from workers.evaluation.rivals import parse_rival
 
 RUN = Path(__file__).parents[2] / "infra" / "runs" / "headline.toml"
 SEARCHING = ("best_of_20", "code_20_5")
-PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png", "pareto.png": "headline_pareto.png"}
+PICTURES = {"retraining.png": "headline.png", "cost.png": "headline_cost.png"}
 # The adapters were tuned at guidance 1, in 20 steps, and are evaluated at 3.
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "guidance 1": {"guidance_scale": 1.0},
@@ -83,25 +83,32 @@ def gridded(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def measure_main(config: EvaluateConfig) -> dict[str, Any]:
-    """The evaluation itself, and its shares with other seeds; its pictures and its table are kept for the README."""
+    """The evaluation itself, and more about each mix; its pictures and its table are kept for the README."""
     directory = run(config)
     for name, kept in PICTURES.items():
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, RESULTS / kept)
+        shutil.copyfile(directory / name, RESULTS / kept)
     shutil.copyfile(directory / "summary.csv", RESULTS / "headline.csv")
-    return {**read_evaluation(directory), "share_over_seeds": measure_over_seeds(config, directory)}
+    return {**read_evaluation(directory), **compare_by_mix(config, directory)}
 
 
-def measure_over_seeds(config: EvaluateConfig, directory: Path) -> dict[str, dict[str, Any]]:
-    """method -> preference -> share of the oracle's gain with prompts and seeds drawn anew."""
+def compare_by_mix(config: EvaluateConfig, directory: Path) -> dict[str, Any]:
+    """method -> mix -> share of the oracle's gain with prompts and seeds drawn anew, and difference to the blend."""
     images = read_images(directory)
     shares: dict[str, dict[str, Any]] = {}
+    differences: dict[str, dict[str, Any]] = {}
     for weights in config.oracle_weights:
         gains = gains_by_image(images, weights)
-        oracle = gains.pop("oracle")
         for name, mine in gains.items():
-            shares.setdefault(name, {})[mix(weights)] = asdict(share_over_seeds(mine, oracle, config))
-    return shares
+            shares.setdefault(name, {})[mix(weights)] = asdict(share_over_seeds(mine, gains["oracle"], config))
+            differences.setdefault(name, {})[mix(weights)] = asdict(difference(mine, gains["mpa"], config))
+    return {"share_over_seeds": shares, "difference_to_mpa_by_mix": differences}
+
+
+def measure_grid(config: EvaluateConfig) -> dict[str, Any]:
+    """Reach over the whole grids; the picture of the fronts is kept."""
+    directory = run(config)
+    shutil.copyfile(directory / "pareto.png", RESULTS / "headline_pareto.png")
+    return {"grid": read_grid(directory)}
 
 
 def measure_sampling(config: EvaluateConfig) -> dict[str, Any]:
@@ -123,7 +130,7 @@ def parts(whole: bool) -> dict[str, Callable[[EvaluateConfig], dict[str, Any]]]:
         "strength": lambda config: {"strength": read_strength(run(dialled(core("strength", config))))},
         "sampling": lambda config: measure_sampling(at_equal(narrowed(core("sampling", config)), methods=FEW)),
         "retraining": lambda config: measure_retraining(narrowed(core("retraining", config))),
-        "grid": lambda config: {"grid": read_grid(run(gridded(core("grid", config))))},
+        "grid": lambda config: measure_grid(gridded(core("grid", config))),
         "search": lambda config: {"search": read_evaluation(run(searching(core("search", config))))},
         "gap": lambda config: measure_jensen(config, *SIZES["gap"]),
     }

@@ -1,4 +1,4 @@
-"""Gains image by image, and shares of them with the seeds drawn anew too.
+"""Gains image by image, how they differ, and shares of them with the seeds drawn anew too.
 
 All prompts share the same few seeds, and what a picture gains here hangs more on its seed than on its prompt. An
 interval over prompts is one for these seeds. Drawing prompts and seeds anew, each by itself, says what others may show:
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from blend.metrics import Interval, resample_weights
+from blend.metrics import Interval, interval, resample_weights
 from workers.evaluation import EvaluateConfig, load_evaluation
 from workers.evaluation.shares import ratio
 
@@ -40,6 +40,13 @@ def gains_by_image(images: pd.DataFrame, weights: Mapping[str, float]) -> dict[s
         for method, rows in images.assign(score=score)[fitting].groupby("method")
     }
     return {method: table - tables["base"] for method, table in tables.items() if method != "base"}
+
+
+def difference(mine: Array, other: Array, config: EvaluateConfig) -> Interval:
+    """How much more is gained than by others on the same images [prompts, seeds], over prompts drawn anew."""
+    apart = (mine - other).mean(axis=1)
+    draws = resample_weights(len(apart), config.resamples, np.random.default_rng(config.bootstrap_seed)) @ apart
+    return interval(apart.mean(), draws, config.confidence)
 
 
 def share_over_seeds(mine: Array, whole: Array, config: EvaluateConfig) -> Interval:

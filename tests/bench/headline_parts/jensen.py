@@ -67,9 +67,9 @@ def _figures(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _predicts(found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """How the gap goes with the reward lost over the preferences, where the evaluation was measured before."""
+    """How the gap goes with the reward lost over the preferences, where the mixes were measured before."""
     path = RESULTS / "headline.json"
-    figures = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = json.loads(path.read_text())["figures"].get("mixes", {}) if path.exists() else {}
     gains = figures.get("weighted_gain", {})
     losses = {
         label: gains["oracle"][label]["mean"] - gains["mpa"][label]["mean"]
