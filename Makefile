@@ -16,8 +16,8 @@ export DO_NOT_TRACK ?= 1
 
 help:
 	@echo "make demo            fine-tune, register, evaluate, deploy and request one image (3 minutes on two free cores)"
-	@echo "make test            the tests, but for those that take half a minute or more each"
-	@echo "make test-long       those: whole jobs on Ray and Prefect, killed, interrupted and gone on with"
+	@echo "make test            the tests, but for the long ones (15 minutes)"
+	@echo "make test-long       those: whole jobs on Ray and Prefect, ended, killed and gone on with; the page in a browser"
 	@echo "make check           ruff, mypy, import contracts (with CI set also the wheel)"
 	@echo "make bench [BENCH=x] benchmarks; figures go to tests/bench/results/"
 	@echo "make format          let ruff format and fix the sources"

@@ -42,6 +42,7 @@ def test_an_eager_tile_is_the_banks_forward(bank, channels_last):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_compiled_tiles_equal_eager_ones_at_every_count_without_graph_breaks(bank):
     # fullgraph=True: a graph break raises
     tiles = Tiles(bank, replace(COMPILED, backend="aot_eager"))

@@ -15,6 +15,8 @@ from waiting import wait_for
 
 from flows.local_services import prefect_server, prefect_worker
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 ROOT = Path(__file__).parents[2]
 NAMES = {"train-basis", "evaluate-blend", "deploy-blend", "full-pipeline"}
 BIN = Path(sys.executable).parent
@@ -51,7 +53,6 @@ def inspect(environment: dict[str, str], name: str) -> dict:
     return answer.raise_for_status().json()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_deployment_is_registered_by_module_path(deployed, name):
     _, environment = deployed
@@ -61,7 +62,6 @@ def test_every_deployment_is_registered_by_module_path(deployed, name):
     assert facts["parameter_openapi_schema"]["properties"]
 
 
-@pytest.mark.slow
 def test_only_the_evaluation_is_scheduled(deployed):
     _, environment = deployed
     schedules = {name: inspect(environment, name)["schedules"] for name in NAMES}
@@ -71,7 +71,6 @@ def test_only_the_evaluation_is_scheduled(deployed):
     assert not any(schedules.values())
 
 
-@pytest.mark.slow
 def test_a_registered_bundle_is_to_be_evaluated(deployed, store_url):
     _, environment = deployed
     command = [sys.executable, "-m", "flows.cli", "registry", "bundle", "pair", "warm", "small", "--store", store_url]
@@ -92,7 +91,6 @@ def test_a_registered_bundle_is_to_be_evaluated(deployed, store_url):
     assert run["state_type"] in ("SCHEDULED", "PENDING")
 
 
-@pytest.mark.slow
 def test_the_run_that_found_a_regression_is_marked_and_no_other(deployed):
     api = deployed[1]["PREFECT_API_URL"]
     flow = httpx.post(f"{api}/flows/", json={"name": "evaluate-blend"}, timeout=60).json()
@@ -122,8 +120,6 @@ def test_the_run_that_found_a_regression_is_marked_and_no_other(deployed):
     assert read(passed, "Completed")["state_type"] == "COMPLETED"
 
 
-@pytest.mark.slow
-@pytest.mark.long
 def test_a_worker_trains_an_adapter_on_request(deployed, tmp_path, tiny_sd_dir):
     home, environment = deployed
     run = {

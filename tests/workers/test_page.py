@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 pytest_plugins = ["page_browser"]
 
 NAMES = ("brightness", "colourfulness", "compressibility")

@@ -13,7 +13,7 @@ import pytest
 from endpoints import serve, token_file
 from PIL import Image, ImageChops
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 pytest_plugins = ["page_browser"]
 
 NAMES = ("brightness", "colourfulness", "compressibility")

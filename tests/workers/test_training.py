@@ -182,6 +182,7 @@ def first_gradient(directory: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ray_workers_take_the_gradient_of_one(cluster, settings, tmp_path):
     """On the gradient, not on the weights: Adam turns rounding in a near-zero gradient into a full step."""
     seen = []
