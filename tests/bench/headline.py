@@ -57,12 +57,16 @@ def narrowed(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update={**grids, "rivals": rivals})
 
 
+def in_conflict(config: EvaluateConfig) -> tuple[dict[str, float], ...]:
+    """The oracles' weights of two rewards in conflict."""
+    return tuple(one for one in config.oracle_weights if set(one) == set(EQUAL))
+
+
 def contested(config: EvaluateConfig) -> EvaluateConfig:
     """Only two rewards in conflict, whose rivals are those without gradients: compressibility has none."""
     narrow = narrowed(config)
-    in_conflict = tuple(one for one in narrow.oracle_weights if set(one) == set(EQUAL))
     rivals = tuple(name for name in narrow.rivals if not parse_rival(name).needs_gradients)
-    return narrow.model_copy(update={"oracle_weights": in_conflict, "rivals": rivals})
+    return narrow.model_copy(update={"oracle_weights": in_conflict(config), "rivals": rivals})
 
 
 def searching(config: EvaluateConfig) -> EvaluateConfig:
@@ -73,8 +77,7 @@ def searching(config: EvaluateConfig) -> EvaluateConfig:
 def dialled(config: EvaluateConfig) -> EvaluateConfig:
     """The blend at more than its usual strength, with the path KL: an oracle may have gone further than it goes."""
     strengths = {"kl_methods": ("mpa",), "kl_lambdas": (1.0, 1.25, 1.5), "kl_everywhere": True, "path_kl": True}
-    plain = {"methods": FEW, "rivals": (), "oracle_lambdas": {}}
-    return contested(config).model_copy(update={**plain, **strengths})
+    return at_equal(narrowed(config), methods=FEW, oracle_weights=in_conflict(config), **strengths)
 
 
 def gridded(config: EvaluateConfig) -> EvaluateConfig:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from blend.metrics import Interval, interval, resample_weights
+from blend.metrics import Interval, paired_difference, resample_weights
 from workers.evaluation import EvaluateConfig, load_evaluation
 from workers.evaluation.shares import ratio
 
@@ -44,9 +44,13 @@ def gains_by_image(images: pd.DataFrame, weights: Mapping[str, float]) -> dict[s
 
 def difference(mine: Array, other: Array, config: EvaluateConfig) -> Interval:
     """How much more is gained than by others on the same images [prompts, seeds], over prompts drawn anew."""
-    apart = (mine - other).mean(axis=1)
-    draws = resample_weights(len(apart), config.resamples, np.random.default_rng(config.bootstrap_seed)) @ apart
-    return interval(apart.mean(), draws, config.confidence)
+    return paired_difference(
+        mine.mean(axis=1),
+        other.mean(axis=1),
+        np.random.default_rng(config.bootstrap_seed),
+        resamples=config.resamples,
+        level=config.confidence,
+    )
 
 
 def share_over_seeds(mine: Array, whole: Array, config: EvaluateConfig) -> Interval:
